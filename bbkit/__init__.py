@@ -1,0 +1,1 @@
+"""BalancedBio kit: an open reproduction of biomedical alignment without the alignment tax."""

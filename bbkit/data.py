@@ -1,0 +1,260 @@
+"""Data cards, and the rows behind them as one Example type.
+
+A card (data_cards/<name>.md) states a data set's files with checksums, its Hub copy at a pinned
+revision, the role of each split and the licence. `load` reads the files from a folder, or the Hub
+copy, and refuses what is not as the card says. The paper names no data set beyond "BIOMED-MMLU":
+which sets stand for which of its claims is our choice, and each card says so.
+"""
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from bbkit.config import CannotRun, InputError
+from bbkit.layouts import fields, normal, parse
+from bbkit.prompts import Example
+
+# Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
+GENERATED = {"ontology": ("knowledge", "questions"), "constraints": ("instructions", "examples")}
+log = logging.getLogger(__name__)
+
+
+def _folder() -> Path:
+    inside = Path(__file__).parent / "data_cards"  # where a wheel puts them
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "data_cards"
+
+
+def _named(what: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    nearest = f"did you mean {close[0]!r}? " if close else ""
+    raise InputError(f"no {what} {name!r}: {nearest}There are {', '.join(known)}")
+
+
+def cards() -> list[str]:
+    """Names of all data cards.
+
+    >>> "medqa" in cards()
+    True
+    """
+    return sorted(p.stem for p in _folder().glob("*.md") if p.stem != "README")
+
+
+def card(name: str) -> dict:
+    """The front matter of a data card. InputError for an unknown name, with the nearest one.
+
+    >>> card("pubmedqa")["splits"]["test"]["rows"]
+    500
+    """
+    path = _named("data card", name, {n: _folder() / f"{n}.md" for n in cards()})
+    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n", 2)[1])
+
+
+def _split(card_name: str, split: str) -> dict:
+    front = card(card_name)
+    return {"format": front.get("format")} | _named(f"split of {card_name}", split, front["splits"])
+
+
+def role(card_name: str, split: str) -> str:
+    """What a split may be used for: "train", "validation" (choosing) or "test" (reporting only).
+
+    >>> role("pubmedqa", "train"), role("ifeval", "test")
+    ('train', 'test')
+    """
+    return _split(card_name, split)["role"]
+
+
+def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[str, Any]]:
+    """Rows of a Hub data set, or of one file at a git commit, through `datasets`."""
+    call = {k: v for k, v in source.items() if k != "ids"}
+    if revision and "ids" not in source:
+        call["revision"] = revision
+    if call["revision"] is None:
+        log.warning("%s: unpinned, the newest revision of %s is used", card_name, call["path"])
+    what = " ".join(filter(None, (call["path"], call.get("name"))))
+    place = f"{what} at revision {call['revision'] or 'newest'}"
+    if "data_files" in call:
+        place = call["data_files"] = call["data_files"].format(
+            revision=call.pop("revision") or "HEAD"
+        )
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(**call)
+    except Exception as error:  # it fails in a dozen classes, all of which mean: not to be had here
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise CannotRun(
+            f"{card_name}: cannot load {place} through datasets ({why}); "
+            "connect, or name a folder of the upstream files with --data-dir"
+        ) from error
+    return [(f"{place} row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def _chosen(card_name: str, split: str, data_dir: str | Path) -> dict:
+    """The split's entry on its card, narrowed to its sample where only that is in the folder."""
+    folder, entry = Path(data_dir), _split(card_name, split)
+    if not folder.is_dir():
+        raise InputError(f"no data folder {folder}: lay one out as data_cards/README.md says")
+    gone: list[str] = []
+    for choice in filter(None, (entry, entry.get("sample"))):
+        for file in choice["files"]:
+            inner = PurePosixPath(file["path"])
+            if inner.is_absolute() or ".." in inner.parts or set(file["path"]) & set("\\:"):
+                raise InputError(f"data card {card_name}: {inner} is not a path in the data folder")
+        absent = [f["path"] for f in choice["files"] if not (folder / f["path"]).is_file()]
+        if not absent:
+            return {**entry, **choice, "sample": choice is not entry}
+        gone = gone or absent
+    raise InputError(
+        f"{card_name}, split {split}: {', '.join(gone)} missing in {folder}; "
+        "fetch it as the data card says, or leave --data-dir out to use the Hub"
+    )
+
+
+def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Example]:
+    """Examples of (is it a list of ids?, rows) sources, cut to the part that the entry keeps."""
+    listed: set[str] = set()
+    examples = []
+    for ids, rows in sources:
+        if ids:  # the ids of the test half: one entry each, or on the Hub one column each
+            listed = {key for _, row in rows for key in (row if hub else [row["pmid"]])}
+            continue
+        for n, (place, row) in enumerate(rows):
+            try:
+                examples.append(Example(**fields(card_name, row, n, hub), source=card_name))
+            except ValueError as error:
+                raise InputError(
+                    f"{place}: {error}; mend the row or fetch the file again"
+                ) from None
+    if "keep_ids" in entry:
+        examples = [e for e in examples if (e.id in listed) == entry["keep_ids"]]
+    if "keep_held_out" in entry:  # one instruction in ten, by the hash that is its entity
+        examples = [e for e in examples if (int(e.entity, 16) % 10 == 0) == entry["keep_held_out"]]
+    return examples
+
+
+def load(
+    card_name: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    revision: str | None = None,
+    allow_changed: bool = False,
+    seed: int = 0,
+) -> list[Example]:
+    """The rows of a split: from the folder `data_dir`, else from the Hub at the card's revision.
+
+    `revision` replaces the card's. `allow_changed` admits other checksums and row counts than the
+    card's, with a warning. `seed` matters to generated cards only. Training rows with two right
+    answers are left out, with a warning; other splits keep all rows, since their n is published.
+    InputError names file and row; CannotRun: the Hub copy is not to be had.
+
+    >>> load("constraints", "validation")[0].task
+    'instruction'
+    """
+    entry, sources, changes, notes = _split(card_name, split), [], [], []
+    if card_name in GENERATED:
+        module, function = GENERATED[card_name]
+        made = getattr(import_module(f"bbkit.{module}"), function)(split, seed=seed)
+        return [replace(e, source=card_name, split=split) for e in made]
+    if data_dir is not None:
+        entry = _chosen(card_name, split, data_dir)
+        for file in entry["files"]:
+            data = (Path(data_dir) / file["path"]).read_bytes()
+            sources.append((file.get("ids"), parse(file["path"], data, entry["format"])))
+            found, stated = hashlib.sha256(data).hexdigest()[:8], (file["sha256"] or "")[:8]
+            if not stated:
+                notes.append(f"{file['path']} has no checksum on the card; it has sha256 {found}")
+            elif found != stated:
+                changes.append(f"{file['path']} has sha256 {found}, not the card's {stated}")
+    elif entry["hub"]:
+        sources = [(s.get("ids"), _from_hub(card_name, s, revision)) for s in entry["hub"]]
+    else:
+        raise InputError(
+            f"{card_name}, split {split}: has no Hub copy; name its folder: --data-dir"
+        )
+    examples = _examples(card_name, entry, sources, hub=data_dir is None)
+    if not examples:
+        raise InputError(
+            f"{card_name}, split {split}: no rows; its files are empty, fetch them again"
+        )
+    if entry["rows"] and len(examples) != entry["rows"]:
+        changes.append(f"{len(examples)} rows, not the card's {entry['rows']}")
+    if changes and not allow_changed:
+        mend = "fetch the data again, or accept the change: --set data.allow_changed=true"
+        raise InputError(f"{card_name}, split {split}: {'; '.join(changes)}; {mend}")
+    if data_dir is not None and entry["sample"]:
+        notes.append(f"only a sample of {len(examples)} rows is in {data_dir}")
+    if entry["role"] == "train":
+        sound = [e for e in examples if [normal(o) for o in e.options].count(normal(e.answer)) < 2]
+        if lost := len(examples) - len(sound):
+            notes.append(f"{lost} rows with two right answers left out")
+        examples = sound
+    for note in changes + notes:
+        log.warning("%s, split %s: %s", card_name, split, note)
+    return [replace(e, split=split) for e in examples]
+
+
+def checksums(
+    card_name: str, split: str, data_dir: str | Path | None = None, revision: str | None = None
+) -> dict[str, str]:
+    """What `load` reads, for a run's manifest: sha256 by file, or revision by Hub source.
+
+    A generated split has the sha256 of its rows at seed 0.
+
+    >>> checksums("medmcqa", "validation")["openlifescienceai/medmcqa"][:8]
+    '91c6572c'
+    """
+    if card_name in GENERATED:
+        rows = repr(load(card_name, split))
+        return {f"{card_name}/{split}": hashlib.sha256(rows.encode()).hexdigest()}
+    if data_dir is None:
+        read = {}
+        for source in _split(card_name, split)["hub"]:
+            pin = source["revision"] if "ids" in source else revision or source["revision"]
+            name = source.get("data_files", source["path"]).format(revision=pin or "HEAD")
+            read[name] = pin or "unpinned"
+        return read
+    files = [file["path"] for file in _chosen(card_name, split, data_dir)["files"]]
+    return {f: hashlib.sha256((Path(data_dir) / f).read_bytes()).hexdigest() for f in files}
+
+
+def verify(card_name: str, data_dir: str | Path | None = None) -> dict[str, int]:
+    """Rows of every split that has a file in the folder (or of all, on the Hub), fully checked.
+
+    InputError: the first file or row count that is not as the card says, or no file at all.
+
+    >>> verify("constraints")["test"] > 0
+    True
+    """
+    counts = {}
+    for split, entry in card(card_name)["splits"].items():
+        files = entry.get("files", []) + entry.get("sample", {}).get("files", [])
+        there = [f for f in files if data_dir and (Path(data_dir) / f["path"]).is_file()]
+        if data_dir is None or card_name in GENERATED or there:
+            counts[split] = len(load(card_name, split, data_dir))
+    if not counts:
+        raise InputError(
+            f"{card_name}: none of its files is in {data_dir}; see data_cards/README.md"
+        )
+    return counts
+
+
+def overlap(first: Sequence[Example], second: Sequence[Example]) -> list[tuple[str, str]]:
+    """Contamination: pairs of ids whose context and question read alike but for case and spaces.
+
+    >>> a, b = Example("1", "short", "What?"), Example("2", "short", " what? ")
+    >>> overlap([a], [b])
+    [('1', '2')]
+    """
+    known: dict[str, list[str]] = {}
+    for e in first:
+        known.setdefault(normal(f"{e.context} {e.question}"), []).append(e.id)
+    return [(a, e.id) for e in second for a in known.get(normal(f"{e.context} {e.question}"), [])]

@@ -1,0 +1,249 @@
+"""Held-out evaluation: greedy replies, the three rewards, instruction following, intervals.
+
+Serves every claim. Questions are clustered by disease (the bootstrap resamples diseases, not
+questions); general instructions are independent prompts. What cannot be parsed counts as wrong and
+is published beside the score. `domain_lenient` reads a reply that ignores the grammar, so that a
+base model is judged by what it says and not by its tags.
+"""
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from bbkit import ifeval, instructions, knowledge, prompts, rewards
+from bbkit.prompts import Example
+
+MEASURES = (
+    "domain",
+    "domain_lenient",
+    "reasoning",
+    "format",
+    "instruction",
+    "instruction_unseen",
+    "unparsed",
+    "ifeval_strict",
+    "ifeval_loose",
+    "ifeval_answer_strict",
+)
+
+
+def generate(
+    model,
+    tokenizer,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    progress=None,
+) -> list[str]:
+    """Greedy replies in the order of `examples`; batches hold prompts of like length.
+
+    Returns decoded text without special tokens. The model's training mode is restored.
+    """
+    import torch
+
+    texts = [
+        tokenizer.apply_chat_template(
+            prompts.messages(e), add_generation_prompt=True, tokenize=False
+        )
+        for e in examples
+    ]
+    # The longest first: what does not fit in memory fails at once, not after an hour.
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    replies = [""] * len(texts)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left",
+            add_special_tokens=False,
+        ).to(model.device)  # fmt: skip
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens, do_sample=False,
+                temperature=None, top_p=None, top_k=None,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        new = out[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(
+            chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            replies[i] = text
+        if progress:
+            progress(len(chosen))
+    model.train(was_training)
+    return replies
+
+
+def lenient(example: Example, reply: str) -> float:
+    """1 if the reply names the gold answer (or a synonym) and none of the other options.
+
+    >>> e = Example("1", "choice", "Cause?", options=("a virus", "a worm"), answer="a virus")
+    >>> lenient(e, "It comes from a virus."), lenient(e, "a virus or a worm")
+    (1.0, 0.0)
+    """
+
+    def named(text: str) -> bool:
+        return (
+            re.search(rf"(?<!\w){re.escape(text.casefold())}(?!\w)", reply.casefold()) is not None
+        )
+
+    right = any(named(a) for a in (example.answer, *example.synonyms))
+    return float(right and not any(named(o) for o in example.options if o != example.answer))
+
+
+def measure(example: Example, reply: str) -> dict[str, float | None]:
+    """All measures of one reply; None where a measure does not apply.
+
+    >>> measure(Example("1", "short", "?", answer="virus"), "<answer>virus</answer>")["domain"]
+    1.0
+    """
+    scores: dict[str, float | None] = dict(rewards.score(example, reply))
+    if example.task != "instruction":
+        scores["domain_lenient"] = lenient(example, reply)
+        scores["unparsed"] = float(prompts.parse_answer(reply, example.options or None) is None)
+        return scores
+    scores.pop("format")
+    strict = float(all(instructions.check(c, reply) for c in example.constraints))
+    unseen = any(c["kind"] in instructions.UNSEEN for c in example.constraints)
+    scores["instruction_unseen" if unseen else "instruction"] = strict
+    return scores
+
+
+def interval(
+    values: Sequence[float], clusters: Sequence[str], draws: int, shares: bool = True, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean, resampling whole clusters.
+
+    `shares` whose values are 0 or 1, each a cluster of its own, get Wilson's score interval
+    (scipy): the bootstrap of a share of 0 or 1 has no width.
+
+    >>> low, high = interval([1.0] * 50, [str(i) for i in range(50)], 100)
+    >>> round(low, 3), high
+    (0.929, 1.0)
+    """
+    import numpy as np
+    from scipy.stats import binomtest
+
+    if shares and len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
+        found = binomtest(round(sum(values)), len(values)).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster][0] += value
+        sums[cluster][1] += 1
+    table = np.array(list(sums.values()))  # (clusters, [sum, count])
+    rng = np.random.default_rng(seed)
+    picked = table[rng.integers(0, len(table), (draws, len(table)))].sum(axis=1)
+    low, high = np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _cluster(item: Mapping) -> str:
+    return item["entity"] if item["task"] != "instruction" else item["id"]
+
+
+def items(examples: Sequence[Example], replies: Sequence[str]) -> list[dict]:
+    """One row per reply with all its measures."""
+    return [_item(e, r, measure(e, r)) for e, r in zip(examples, replies, strict=True)]
+
+
+def ifeval_items(examples: Sequence[Example], replies: Sequence[str]) -> list[dict]:
+    """Item rows of IFEval prompts: a prompt counts when all of its instructions are kept.
+
+    `ifeval_answer_strict` reads a reply in the kit's grammar by its answer: tags alone fail strict
+    IFEval, which would look like tax.
+    """
+    rows = [
+        {
+            "key": e.id,
+            "instruction_id_list": [c["kind"] for c in e.constraints],
+            "kwargs": [{k: v for k, v in c.items() if k != "kind"} for c in e.constraints],
+        }
+        for e in examples
+    ]
+    raw = ifeval.score_ifeval(rows, replies)
+    final = ifeval.score_ifeval(rows, [ifeval.final_answer(r) for r in replies])
+    out = []
+    for e, reply, whole, answer in zip(examples, replies, raw, final, strict=True):
+        scores = {
+            "ifeval_strict": float(all(whole["strict"])),
+            "ifeval_loose": float(all(whole["loose"])),
+            "ifeval_answer_strict": float(all(answer["strict"])),
+        }
+        out.append(_item(e, reply, scores))
+    return out
+
+
+def _item(e: Example, reply: str, scores: Mapping) -> dict:
+    """One row per reply: what `summary` and `difference` count, and what a reader looks up."""
+    return {
+        "id": e.id, "task": e.task, "entity": e.entity, "source": e.source,
+        "question": e.question, "gold": e.answer, "reply": reply, "scores": dict(scores),
+    }  # fmt: skip
+
+
+def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
+    """`{measure: {"value", "n", "interval"}}` over item rows; shares in [0, 1]."""
+    out = {}
+    for name in MEASURES:
+        kept = [r for r in rows if r["scores"].get(name) is not None]
+        if kept:
+            values = [r["scores"][name] for r in kept]
+            low, high = interval(values, [_cluster(r) for r in kept], draws)
+            out[name] = {
+                "value": sum(values) / len(values),
+                "n": len(values),
+                "interval": [low, high],
+            }
+    return out
+
+
+def difference(
+    before: Sequence[Mapping], after: Sequence[Mapping], draws: int = 2000
+) -> dict[str, dict]:
+    """Paired change `after - before` on the same items, with a clustered bootstrap interval."""
+    earlier = {(r["source"], r["id"]): r for r in before}
+    out = {}
+    for name in MEASURES:
+        pairs = [
+            (r["scores"][name] - earlier[r["source"], r["id"]]["scores"][name], _cluster(r))
+            for r in after
+            if r["scores"].get(name) is not None and (r["source"], r["id"]) in earlier
+        ]
+        if pairs:
+            values, clusters = [p[0] for p in pairs], [p[1] for p in pairs]
+            low, high = interval(values, clusters, draws, shares=False)
+            out[name] = {
+                "value": sum(values) / len(values),
+                "n": len(values),
+                "interval": [low, high],
+            }
+    return out
+
+
+def baselines(
+    train: Sequence[Example], held_out: Sequence[Example], draws: int = 2000
+) -> dict[str, dict]:
+    """What no knowledge scores on the multiple-choice questions: name likeness, majority, chance.
+
+    `majority` names the option that was gold most often among the training questions.
+    """
+    often = Counter(e.answer for e in train)
+    asked = [e for e in held_out if e.options]
+    if not asked:
+        return {}
+    rng = random.Random(0)
+    guesses = {
+        "guess_by_name": knowledge.guess_by_name,
+        "majority": lambda e: max(e.options, key=lambda o: (often[o], o)),
+        "chance": lambda e: rng.choice(e.options),
+    }
+    out = {}
+    for name, guess in guesses.items():
+        values = [float(guess(e) == e.answer) for e in asked]
+        low, high = interval(values, [e.entity for e in asked], draws)
+        out[name] = {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
+    return out

@@ -1,0 +1,360 @@
+"""Knowledge-grounded questions with a checkable chain: the paper's MKGSG, our reading.
+
+Facts of the Disease Ontology (CC0) become questions of one and two hops whose gold chain a program
+can verify: multiple choice with sibling distractors, short answer, and a clinical form (finding ->
+cause -> disease). The paper names "ontology validation" without saying how; here a question with
+two right answers, or one that its wording gives away, is not generated. Splits are by disease.
+"""
+
+import hashlib
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+from bbkit.config import InputError
+from bbkit.prompts import Example
+
+FACTS = Path(__file__).parent / "pocket" / "facts.tsv"
+SPLITS = ("train", "validation", "test")
+Fact = tuple[str, str, str]  # subject, relation, object
+
+# One canonical sentence per relation: what a chain is written in and what `statements` reads back.
+SENTENCES = {
+    "cause": "{s} is caused by {o}.",
+    "transmission": "{s} is transmitted by {o}.",
+    "symptom": "{s} has the symptom {o}.",
+    "site": "{s} affects the {o}.",
+    "kind": "{s} is a {o}.",
+}
+# The inverse of `cause`, for chains that start from an organism.
+INVERSE = {"cause": "{o} causes {s}."}
+_MARKS = [
+    (" is caused by ", "cause", False),
+    (" is transmitted by ", "transmission", False),
+    (" has the symptom ", "symptom", False),
+    (" affects the ", "site", False),
+    (" is a ", "kind", False),
+    (" causes ", "cause", True),
+]
+
+_ONE_HOP = {
+    "cause": ("What causes {s}?", "Which organism causes {s}?"),
+    "transmission": ("How is {s} transmitted?", "What transmits {s}?"),
+    "symptom": ("Which symptom does {s} have?", "Which of these is a symptom of {s}?"),
+    "site": ("Which part of the body does {s} affect?", "Where in the body is {s}?"),
+}
+_KIND = ("What kind of organism causes {s}?", "{s} is caused by what kind of organism?")
+_VIA_AGENT = {
+    "symptom": (
+        "Which symptom can {a} lead to?",
+        "A patient is infected with {a}. Which symptom fits?",
+    ),
+    "transmission": (
+        "How does {a} reach a patient?",
+        "What transmits the disease that {a} causes?",
+    ),
+    "site": ("Which part of the body can {a} harm?", "Where does the disease that {a} causes sit?"),
+}
+_CLINICAL = (
+    "A patient has {f}. Tests find {a}. Which disease is it?",
+    "Findings: {f}; {a} in culture. What is the diagnosis?",
+)
+
+
+def state(fact: Fact, inverse: bool = False) -> str:
+    """A fact as the canonical sentence.
+
+    >>> state(("cholera", "cause", "Vibrio cholerae"))
+    'cholera is caused by Vibrio cholerae.'
+    >>> state(("cholera", "cause", "Vibrio cholerae"), inverse=True)
+    'Vibrio cholerae causes cholera.'
+    """
+    subject, relation, object_ = fact
+    return (INVERSE if inverse else SENTENCES)[relation].format(s=subject, o=object_)
+
+
+def statements(text: str) -> list[Fact | None]:
+    """Read a chain back: one entry per sentence, None where a sentence states no relation.
+
+    Linear in the text's length. The inverse form of `cause` is read as the same fact.
+
+    >>> statements("Vibrio cholerae causes cholera. So it is.")
+    [('cholera', 'cause', 'Vibrio cholerae'), None]
+    """
+    found: list[Fact | None] = []
+    for sentence in text.replace(". ", ".\n").splitlines():
+        sentence = sentence.strip().rstrip(".")
+        if not sentence:
+            continue
+        hits = [(sentence.find(mark), mark, rel, inv) for mark, rel, inv in _MARKS]
+        hits = [h for h in hits if h[0] > 0]
+        if not hits:
+            found.append(None)
+            continue
+        at, mark, relation, inverse = min(hits)
+        left, right = sentence[:at].strip(), sentence[at + len(mark) :].strip()
+        found.append((right, relation, left) if inverse else (left, relation, right))
+    return found
+
+
+@cache
+def facts() -> dict[Fact, str]:
+    """The shipped fact table: fact -> DOID of its disease (of one disease, for `kind` facts)."""
+    table = {}
+    for number, line in enumerate(FACTS.read_text(encoding="utf-8").splitlines(), 1):
+        if number == 1 or not line:
+            continue
+        cells = line.split("\t")
+        if len(cells) != 4:
+            raise InputError(
+                f"{FACTS.name} line {number}: {len(cells)} cells, expected 4; rebuild it"
+            )
+        table[(cells[1], cells[2], cells[3])] = cells[0]
+    return table
+
+
+def is_fact(fact: Fact) -> bool:
+    """Whether the ontology states it (case and outer spaces aside).
+
+    >>> is_fact(("cholera", "kind", "virus"))
+    False
+    """
+    return tuple(x.strip().casefold() for x in fact) in _folded()
+
+
+@cache
+def _folded() -> frozenset:
+    return frozenset(tuple(x.casefold() for x in f) for f in facts())
+
+
+@cache
+def _index() -> dict[str, dict[str, list[str]]]:
+    """subject -> relation -> objects."""
+    index: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for s, r, o in facts():
+        index[s][r].append(o)
+    return index
+
+
+@cache
+def _having() -> dict[tuple[str, str], list[str]]:
+    """(relation, object) -> the subjects of which the ontology states it."""
+    inverse: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for s, r, o in facts():
+        inverse[r, o].append(s)
+    return inverse
+
+
+def diseases(split: str) -> list[str]:
+    """The diseases of a split, 60 / 15 / 25 per cent by a hash of the DOID, so that it never moves.
+
+    Diseases that share an organism stay together: the chain of one would give the other away.
+    """
+    if split not in SPLITS:
+        raise InputError(f"ontology: no split {split!r}; use one of {', '.join(SPLITS)}")
+    group: dict[str, str] = {}
+    for s, r, _ in sorted(facts()):
+        if r != "kind":
+            group.setdefault(s, s)
+
+    def root(s: str) -> str:
+        while group[s] != s:
+            s = group[s]
+        return s
+
+    for (relation, _), members in _having().items():
+        for other in members[1:] if relation == "cause" else ():
+            a, b = sorted((root(members[0]), root(other)))
+            group[b] = a
+    chosen = []
+    for s in sorted(group):
+        share = int(hashlib.sha256(root(s).encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+        if split == ("train" if share < 0.60 else "validation" if share < 0.75 else "test"):
+            chosen.append(s)
+    return chosen
+
+
+def _grams(text: str) -> set[str]:
+    folded = re.sub(r"[^a-z]", "", text.lower())
+    return {folded[i : i + 3] for i in range(len(folded) - 2)}
+
+
+def likeness(a: str, b: str) -> float:
+    """Share of letter trigrams that two names have in common (Jaccard), for guess-by-name.
+
+    >>> likeness("cholera", "Vibrio cholerae") > likeness("cholera", "Lassa virus")
+    True
+    """
+    x, y = _grams(a), _grams(b)
+    return len(x & y) / max(1, len(x | y))
+
+
+def guess_by_name(example: Example) -> str:
+    """Baseline without knowledge: the option that looks most like the question's wording."""
+    return max(example.options, key=lambda o: (likeness(o, example.question), o))
+
+
+def _clash(a: str, b: str) -> bool:
+    """Two options of which one contains the other are no clean alternatives."""
+    x, y = a.casefold(), b.casefold()
+    return x in y or y in x
+
+
+def _options(
+    gold: str, right: Sequence[str], pool: Sequence[str], near: str, rng: random.Random
+) -> tuple[str, ...] | None:
+    """Gold and three distractors, none of them right, at least one as like the name as gold is.
+
+    `pool` is ordered siblings first; None when no fair set exists (the question is dropped).
+    """
+    usable = [o for o in pool if not any(_clash(o, r) for r in (*right, gold))]
+    picked: list[str] = []
+    bait = [o for o in usable if likeness(o, near) >= likeness(gold, near)]
+    # Guess-by-name scored 82 % on cause questions before this rule: gold resembles the disease.
+    if likeness(gold, near) > 0 and rng.random() < 0.8:
+        if not bait:
+            return None
+        picked.append(rng.choice(bait[:12]))
+    for o in usable[:12] if rng.random() < 0.5 else rng.sample(usable, min(12, len(usable))):
+        if len(picked) == 3:
+            break
+        if not any(_clash(o, p) for p in picked):
+            picked.append(o)
+    if len(picked) < 3:
+        return None
+    options = [gold, *picked]
+    rng.shuffle(options)
+    return tuple(options)
+
+
+@cache
+def _counts(relation: str) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for _, r, o in sorted(facts()):
+        if r == relation:
+            counts[o] += 1
+    return counts
+
+
+def _pool(relation: str, rng: random.Random) -> list[str]:
+    """All objects of a relation in a random order that favours the frequent ones.
+
+    Uniform distractors would let "always fever" win: a frequent value is more often gold.
+    """
+    return sorted(_counts(relation), key=lambda o: -(rng.random() ** (1 / _counts(relation)[o])))
+
+
+def _siblings(relation: str, subject: str, rng: random.Random) -> list[str]:
+    """All objects of a relation; first those of diseases that share another fact with this one."""
+    own = [(r, o) for r, os in _index()[subject].items() for o in os if r != relation]
+    near = {o for pair in own for kin in _having()[pair] for o in _index()[kin].get(relation, ())}
+    return sorted(_pool(relation, rng), key=lambda o: o not in near)
+
+
+def _chains(
+    disease: str, short: bool, rng: random.Random
+) -> list[tuple[str, str, str, list[Fact], list[bool]]]:
+    """(form, question, gold, chain, inverse flags) of every question that the facts allow."""
+    own = _index()[disease]
+    out = []
+    for relation, templates in _ONE_HOP.items():
+        for gold in own.get(relation, ()):
+            # "Which of these" needs options to point at.
+            template = templates[0] if short else rng.choice(templates)
+            question = template.format(s=disease)
+            out.append((relation, question, gold, [(disease, relation, gold)], [False]))
+    for agent in own.get("cause", ()):
+        for kind in _index()[agent].get("kind", ()):
+            chain = [(disease, "cause", agent), (agent, "kind", kind)]
+            out.append(("kind", rng.choice(_KIND).format(s=disease), kind, chain, [False, False]))
+        if len(_having()["cause", agent]) > 1:
+            continue  # the organism must point at one disease
+        for relation, templates in _VIA_AGENT.items():
+            for gold in own.get(relation, ()):
+                chain = [(disease, "cause", agent), (disease, relation, gold)]
+                question = rng.choice(templates).format(a=agent)
+                out.append((f"agent_{relation}", question, gold, chain, [True, False]))
+        for finding in own.get("symptom", ()):
+            chain = [(disease, "cause", agent), (disease, "symptom", finding)]
+            question = rng.choice(_CLINICAL).format(f=finding, a=agent)
+            out.append(("clinical", question, disease, chain, [True, False]))
+    return out
+
+
+def _example(
+    disease: str, drawn: tuple, short: bool, split: str, rng: random.Random
+) -> Example | None:
+    form, question, gold, chain, inverse = drawn
+    relation = form.removeprefix("agent_")
+    options: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+    if form == "clinical":
+        right: Sequence[str] = [disease]
+        pool = [s for s in _index() if "cause" in _index()[s] and s != disease]
+        rng.shuffle(pool)
+        finding = chain[1][2]
+        pool.sort(key=lambda s: finding not in _index()[s].get("symptom", ()))
+    elif form == "kind":
+        right = [k for a in _index()[disease]["cause"] for k in _index()[a].get("kind", ())]
+        pool = _pool("kind", rng)
+    else:
+        right = _index()[disease][relation]
+        pool = _siblings(relation, disease, rng)
+    if short:
+        synonyms = tuple(r for r in right if r != gold)
+        if synonyms and form == "kind":
+            return None
+    else:
+        if form == "kind" and len(set(right)) > 1:
+            return None
+        picked = _options(gold, right, pool, question, rng)
+        if picked is None:
+            return None
+        options = picked
+    reasoning = " ".join(state(f, i) for f, i in zip(chain, inverse, strict=True))
+    key = f"{question}|{'|'.join(options)}"
+    return Example(
+        id=f"{facts()[chain[0]]}/{form}/{hashlib.sha256(key.encode()).hexdigest()[:8]}",
+        task="short" if short else "choice",
+        question=question,
+        options=options,
+        answer=gold,
+        synonyms=synonyms,
+        reasoning=reasoning,
+        steps=tuple(chain),
+        entity=facts()[chain[0]],
+        source="ontology",
+        split=split,
+    )
+
+
+def questions(split: str, seed: int = 0, per_disease: int = 4) -> list[Example]:
+    """Questions about the diseases of one split, at most `per_disease` of each, by seed.
+
+    Forms are drawn so that no disease with many symptoms outweighs the others. One disease in five
+    is asked in short-answer form. No disease of one split is asked about in another.
+
+    >>> row = questions("validation")[0]
+    >>> row.answer in row.options or row.task == "short"
+    True
+    """
+    rng = random.Random(f"{split}/{seed}")
+    out = []
+    for disease in diseases(split):
+        short = rng.random() < 0.2
+        drawn = _chains(disease, short, rng)
+        # Rare values first: else "fever" is gold so often that always naming it wins.
+        drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))
+        forms: dict[str, int] = defaultdict(int)
+        ranked = []
+        for d in drawn:
+            forms[d[0]] += 1
+            ranked.append((forms[d[0]], d))
+        ranked.sort(key=lambda x: x[0])
+        rows = (_example(disease, d, short, split, rng) for _, d in ranked)
+        out += list(islice((row for row in rows if row is not None), per_disease))
+    return out

@@ -1,0 +1,388 @@
+"""The run folder: what ran (run.json), what happened (metrics, samples, evaluation), how to go on.
+
+Serves no claim by itself; every figure and claim is computed from run folders. Files appear whole
+or not at all. After kill -9 a torn last line is dropped, and a checkpoint whose completeness marker
+is missing or does not fit its files is skipped.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bbkit.config import CannotRun, InputError, Unhealthy, leaves
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two runs in one folder are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+STAGES = ("base", "sft", "grpo")
+MARKER = "complete.json"
+PACKAGES = ("bbkit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "unsloth")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: tuples, arrays and tensors as lists, paths as text, NaN and inf as None.
+
+    >>> plain({"loss": float("nan"), "shape": (2, 3)})
+    {'loss': None, 'shape': [2, 3]}
+    """
+    if hasattr(value, "tolist"):  # numpy and torch, scalars included
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Turn a full disk under `path`, however a library words it, into CannotRun with one line."""
+    try:
+        yield
+    except (InputError, CannotRun, Unhealthy):
+        raise
+    except Exception as error:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error)  # safetensors; torch.save: "unexpected pos"
+        if full or shutil.disk_usage(there).free < 2**16:
+            raise CannotRun(f"{path}: the disk is full; make room or use another --out") from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename.
+
+    Raises CannotRun (disk full) or InputError (no such folder, not allowed); leaves nothing behind.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with guarded(path):
+            with open(temp, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror}); use another --out") from error
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as readable JSON, whole or not at all; see `plain` for what becomes of NaN."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode(errors="replace"))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError naming it when it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, [] without a file; a torn last line is dropped, others raise."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not valid JSON; the file was damaged") from error
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the marker of a whole checkpoint, last of all: every file's size and sha256."""
+    files = sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER)
+    sums = {f.relative_to(checkpoint).as_posix(): [f.stat().st_size, _sha256(f)] for f in files}
+    write_json(checkpoint / MARKER, sums)
+
+
+def broken(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be used, or "" when it is whole."""
+    if not (checkpoint / MARKER).exists():
+        return "not finished (no completeness marker)"
+    try:
+        files = read_json(checkpoint / MARKER)
+    except InputError as error:
+        return str(error)
+    for name, (size, digest) in files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or truncated"
+        if _sha256(file) != digest:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole `checkpoint-N` in a folder, or None; prints why newer ones are skipped."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
+    whole = sorted((p for p in steps if steps[p].isdigit()), key=lambda p: -int(steps[p]))
+    for checkpoint in whole:
+        if not (reason := broken(checkpoint)):
+            return checkpoint
+        print(f"skipping {checkpoint}: {reason}")
+    return None
+
+
+def resolve_resume(resume: str, out: Path) -> Path | None:
+    """The run folder to continue, or None to start a new run in `out`.
+
+    `resume` is "auto" (continue `out` if it holds a run), "no", or a run folder.
+
+    >>> resolve_resume("nowhere", Path("somewhere"))
+    Traceback (most recent call last):
+    bbkit.config.InputError: --resume nowhere: no such folder; give a run folder, auto or no
+    """
+    if resume == "no" or (resume == "auto" and not _begun(out)):
+        return None
+    folder = out if resume == "auto" else Path(resume)
+    if not folder.is_dir():
+        raise InputError(f"--resume {resume}: no such folder; give a run folder, auto or no")
+    if not (folder / "run.json").exists():
+        raise InputError(f"--resume {resume}: no run.json in it; give the folder of a run")
+    return folder
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds a run that got anywhere; one that failed at once may be replaced."""
+    metrics = folder / "metrics.jsonl"
+    started = (folder / "run.json").exists() and bool(_manifest(folder)["stages"])
+    return started or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / "run.json")
+    if not isinstance(manifest, dict) or not {"settings", "stages", "sessions"} <= set(manifest):
+        raise InputError(f"{folder / 'run.json'}: not the manifest of a run of this kit")
+    return manifest
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first dotted key at which two nested dicts differ, with both values, or "".
+
+    >>> first_difference({"grpo": {"steps": 3}}, {"grpo": {"steps": 4}})
+    'grpo.steps was 3 and is now 4'
+    """
+    a, b, none = leaves(old), leaves(new), "not set"
+    changed = (k for k in [*b, *a] if a.get(k, none) != b.get(k, none))
+    return next((f"{k} was {a.get(k, none)} and is now {b.get(k, none)}" for k in changed), "")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, package versions and git state, without importing any of the packages."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware: dict[str, Any] = {"system": platform.platform(), "cores": cores}
+    with suppress(OSError, ValueError, AttributeError):  # Linux
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        hardware["memory_gib"] = round(memory / 2**30, 1)
+        cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
+        hardware["cpu"] = cpu.strip(" \t:")
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None and cuda.is_available():
+        hardware["gpu"] = [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"hardware": hardware, "versions": versions, "git": _git(Path(__file__).parent)}
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "record.py")  # a venv may lie inside another repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Run:
+    """A run folder held open by one process: `with Run(out, settings, command, resume) as run:`.
+
+    `settings` is the resolved configuration as a nested dict, `command` the arguments as typed,
+    `resume` what `resolve_resume` gave. Raises InputError when another process holds the folder,
+    when a new run would overwrite an old one, or when a resumed one had other settings.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with Run(folder, {"run": {"seed": 0}}, ["python", "-m", "bbkit.train"]) as run:
+    ...     run.log("grpo", 1, {"loss": 0.5})
+    ...     run.done("grpo", seconds=2.0)
+    >>> run.manifest["status"], run.is_done("grpo"), read_rows(folder / "metrics.jsonl")
+    ('done', True, [{'stage': 'grpo', 'step': 1, 'loss': 0.5}])
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        command: Sequence[str],
+        resume: Path | None = None,
+    ) -> None:
+        self.folder = folder
+        self._hold()
+        if resume is None and _begun(folder):
+            raise InputError(f"{folder}: holds a run; use another --out, or --resume auto")
+        session = {"start": _now(), "end": None, "command": shlex.join(command)}
+        if resume is None:
+            self.manifest: dict[str, Any] = {"status": "running", **session, "stages": {}}
+            self.manifest |= {"sessions": [session], "settings": plain(settings), **machine()}
+        else:
+            self.manifest = _manifest(folder)
+            if change := first_difference(self.manifest["versions"], machine()["versions"]):
+                print(f"note: {change}: the resumed run may differ from an uninterrupted one")
+            self._same("settings", settings)
+            self._keep(lambda row: True)
+            self.manifest |= {"status": "running", "end": None}
+            self.manifest["sessions"].append(session)
+        self.update()
+
+    def _hold(self) -> None:
+        try:
+            with guarded(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.folder / ".lock").open("a")
+        except OSError as error:
+            raise InputError(f"--out {self.folder}: cannot be used ({error.strerror})") from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            busy = "another process is writing here; wait for it or use another --out"
+            raise InputError(f"{self.folder}: {busy}") from error
+        except OSError as error:  # some network drives have no locks
+            print(f"note: no lock on {self.folder} ({error.strerror}); start only one run in it")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        """Note how the run ended; after a failure, remove checkpoints that were being written."""
+        stopped = "interrupted" if kind is KeyboardInterrupt else f"failed: {error}"
+        for checkpoint in self.folder.glob("*/checkpoint-*") if kind else ():
+            if not (checkpoint / MARKER).exists():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        self.manifest["sessions"][-1]["end"] = _now()
+        try:
+            self.update(status=stopped if kind else "done", end=_now())
+        except (CannotRun, InputError):
+            if kind is None:  # otherwise the first error is the one to report
+                raise
+        finally:
+            self._lock.close()
+
+    def update(self, **facts: Any) -> None:
+        """Put facts into the manifest and write it."""
+        self.manifest |= plain(facts)
+        write_json(self.folder / "run.json", self.manifest)
+
+    def pin(self, **facts: Any) -> None:
+        """As `update`, for what must be the same on resume: data checksums, prompt hash, model."""
+        for name, value in facts.items():
+            self._same(name, value)
+        self.update(**facts)
+
+    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        self._append("metrics.jsonl", {"stage": stage, "step": step, **values})
+
+    def sample(
+        self, stage: str, step: int, values: Mapping[str, Any], held_out: bool = False
+    ) -> None:
+        """Append one completion to samples.jsonl: prompt, reply, gold, rewards by name, …
+
+        `held_out`: from the evaluation after the stage, which comes after all steps of it.
+        """
+        kind = "held-out" if held_out else "train"
+        self._append("samples.jsonl", {"stage": stage, "step": step, "kind": kind, **values})
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Forget metrics and samples written after training step `step` of `stage`.
+
+        Call it with the checkpoint's step before going on from it, and with the last step before
+        evaluating a stage: held-out samples count as later than every step of their stage.
+        """
+
+        def order(row: Mapping[str, Any]) -> tuple[int, bool, int]:
+            held_out = row.get("kind") == "held-out"
+            return STAGES.index(row["stage"]), held_out, 0 if held_out else row["step"]
+
+        self._keep(lambda row: order(row) <= (STAGES.index(stage), False, step))
+
+    def evaluation(self, stage: str, measures: Mapping[str, Any]) -> None:
+        """Put one stage's measures into evaluation.json."""
+        path = self.folder / "evaluation.json"
+        write_json(path, (read_json(path) if path.exists() else {}) | {stage: measures})
+
+    def done(self, stage: str, **facts: Any) -> None:
+        """Mark a stage (any name) as finished, so that a resumed run skips it."""
+        self.update(stages=self.manifest["stages"] | {stage: {"end": _now(), **facts}})
+
+    def is_done(self, stage: str) -> bool:
+        """Whether `done(stage)` was called, in this session or an earlier one."""
+        return stage in self.manifest["stages"]
+
+    def _same(self, name: str, value: Any) -> None:
+        old = self.manifest.get(name, plain(value))
+        if change := first_difference({name: old}, {name: plain(value)}):
+            change = change.removeprefix("settings.")
+            raise InputError(
+                f"{self.folder}: cannot resume, {change}; undo it or use another --out"
+            )
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+        data, path = line.encode(errors="replace"), self.folder / name
+        with guarded(path), open(path, "ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            rows = [json.dumps(r, ensure_ascii=False) for r in read_rows(path) if wanted(r)]
+            if path.exists():
+                write_bytes(path, "".join(f"{row}\n" for row in rows).encode(errors="replace"))

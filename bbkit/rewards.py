@@ -1,0 +1,279 @@
+"""The three rewards: domain, reasoning, format. Pure functions of (example, reply) into [0, 1].
+
+Serves the paper's capability-specific rewards. It prints no formula; these are ours, rule-based.
+None means that a capability does not apply. No reply raises, and each takes time linear in its
+length: it is cut at its tags, and a part too long to be of use is not looked into.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from bbkit import instructions, knowledge, prompts
+from bbkit.config import InputError
+from bbkit.prompts import Example
+
+MAX_REASONING = 6000  # characters; longer is no use to a reader and scores 0
+Hack = tuple[str, str, dict[str, float | None]]  # name, reply, expected score of each reward
+
+
+def answer_given(example: Example, reply: str) -> str | None:
+    """The answer that a reply commits to (for choices the option's text), None when unparsed.
+
+    >>> row = Example("1", "choice", "Cause?", options=("virus", "worm"))
+    >>> answer_given(row, "<answer>B</answer>")
+    'worm'
+    """
+    if example.task != "choice":
+        return prompts.parse_answer(reply)
+    options = prompts.letters(example)
+    return options.get(prompts.parse_answer(reply, options) or "")
+
+
+def domain(example: Example, reply: str) -> float | None:
+    """1 if the answer given is the gold, else 0; None for instructions.
+
+    Short answers match the gold text or a synonym, articles, case, spaces and marks aside.
+
+    >>> domain(Example("1", "short", "Cause?", answer="virus"), "<answer>A virus.</answer>")
+    1.0
+    """
+    if example.task == "instruction":
+        return None
+    given = answer_given(example, reply)
+    if given is None or example.task == "choice":
+        return float(given == example.answer)
+    accepted = (example.answer, *example.synonyms)
+    return float(any(prompts.same(given, text, article=False) for text in accepted))
+
+
+def reasoning(example: Example, reply: str) -> float | None:
+    """How far the reasoning part carries the answer given, right or wrong; None for instructions.
+
+    With a checkable chain (`steps`): m/n * m/s * c, where n is the number of gold steps, s of
+    sentences written, m of gold steps, from the first on, that the sentences state as facts of
+    the ontology (the answer, and what only links two steps, may be any name, but the same in
+    all), and c is 1 if the whole chain is there and concludes in the answer given, else 1/2.
+    Repeats, true asides and false facts raise s alone. One last sentence that states nothing but
+    ends in the answer given is not counted. Over ten sentences a step: 0.
+    Otherwise: length * findings * own * c, where length is the words over 12 or 300 over the
+    words, at most 1; findings the question's content words taken up, of 4; own the share of
+    five-word runs that are neither repeated nor copied from the prompt; c is 1 if the last
+    sentence names the answer given and no other option, else 1/2.
+
+    >>> row = Example("1", "short", "Cause?", answer="virus", steps=(("flu", "kind", "virus"),))
+    >>> reasoning(row, "<reasoning>Flu is bad.</reasoning><answer>virus</answer>")
+    0.0
+    """
+    if example.task == "instruction":
+        return None
+    text = prompts.parse_reasoning(reply)
+    if text is None or len(text) > MAX_REASONING:
+        return 0.0
+    given = answer_given(example, reply) or ""
+    judge = _chain if example.steps else _explanation
+    return judge(example, text, given if len(given) <= MAX_REASONING else "")
+
+
+def format_(example: Example, reply: str) -> float | None:
+    """Obedience to the shape that was asked for.
+
+    Questions: 1 for the four tags once each, in order, with nothing outside; 1/2 with text
+    outside; else 0. Instructions: the share of constraints that hold; 0 for a blank reply.
+
+    >>> format_(Example("1", "short", "Cause?"), "Well: <reasoning></reasoning><answer></answer>")
+    0.5
+    """
+    if example.task == "instruction":
+        held = [instructions.check(constraint, reply) for constraint in example.constraints]
+        return sum(held or [True]) / max(1, len(held)) if reply.strip() else 0.0
+    parts = prompts.split_reply(reply)
+    if parts is None or None in parts:
+        return 0.0
+    return 0.5 if parts[2] else 1.0
+
+
+REWARDS = {"domain": domain, "reasoning": reasoning, "format": format_}
+
+
+def score(example: Example, reply: str) -> dict[str, float | None]:
+    """Every reward of a reply, in [0, 1], None where a capability does not apply.
+
+    >>> score(Example("1", "short", "Cause?", answer="virus"), "virus")
+    {'domain': 0.0, 'reasoning': 0.0, 'format': 0.0}
+    """
+    return {name: reward(example, reply) for name, reward in REWARDS.items()}
+
+
+def validate(examples: Iterable[Example]) -> None:
+    """Check, before any training, that gold scores full and every wrong choice nothing.
+
+    Gold prose without a checkable chain may score less reasoning; an instruction without a
+    reference reply is not checked. Raises InputError that names the row, counted from 1.
+
+    >>> validate([Example("q1", "choice", "Cause?", options=("virus", "worm"), answer="fungus")])
+    Traceback (most recent call last):
+    bbkit.config.InputError: examples row 1 (id q1): the gold answer 'fungus' is not an option; ...
+    """
+    for row, example in enumerate(examples, 1):
+        if fault := _fault(example):
+            where = f"{example.source or 'examples'} row {row} (id {example.id})"
+            raise InputError(f"{where}: {fault}; mend or leave out the row")
+
+
+def _fault(example: Example) -> str | None:
+    if example.task not in ("choice", "short", "instruction"):
+        return f"no task {example.task!r}, use choice, short or instruction"
+    if example.task == "choice" and example.answer not in example.options:
+        return f"the gold answer {example.answer!r} is not an option"
+    if example.task == "instruction" and not example.answer:
+        return None
+    got = score(example, prompts.completion(example))
+    if not example.steps:
+        del got["reasoning"]
+    for name, value in got.items():
+        if value is not None and value < 1:
+            return f"the gold reply scores {name} {value:.2f} instead of 1"
+    for wrong in (option for option in example.options if option != example.answer):
+        reply = prompts.completion(replace(example, answer=wrong))
+        if domain(example, reply):
+            return f"the wrong option {wrong!r} scores domain 1 instead of 0"
+        if example.steps and reasoning(example, reply) == 1:
+            return f"the wrong option {wrong!r} keeps reasoning 1 under the gold chain"
+    return None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _names(words: list[str], text: str) -> bool:
+    """Whether the words of a text stand in a row among `words`."""
+    return f" {' '.join(_words(text))} " in f" {' '.join(words)} "
+
+
+def _chain(example: Example, text: str, given: str) -> float:
+    """The chain's formula; see `reasoning`."""
+    steps, stated = example.steps, knowledge.statements(text)
+    answer = _words(given)
+    if stated and stated[-1] is None and _words(text)[-len(answer) :] == answer:
+        stated = stated[:-1]
+    if not 0 < len(stated) <= 10 * len(steps):
+        return 0.0
+    true = {fact for fact in stated if fact is not None and knowledge.is_fact(fact)}
+    nodes = [node for subject, _, object_ in steps for node in (subject, object_)]
+    fixed = {node for node in nodes if nodes.count(node) == 1}
+    # A link that the question names is fixed too; "Lassa fever", itself fixed, names no "Lassa".
+    asked = f"{example.context} {example.question}"
+    for node in sorted(fixed, key=len, reverse=True):
+        asked = asked.replace(node, " ")
+    fixed |= {node for node in nodes if _names(_words(asked), node)}
+
+    def longest(at: int, bound: dict[str, str]) -> tuple[int, bool]:
+        """Steps stated from `at` on, counted from the first, and whether they reach the answer."""
+        if at == len(steps):
+            return at, prompts.same(given, bound.get(example.answer, ""), article=False)
+        best = (at, False)
+        for fact in true:
+            if fact[1] == steps[at][1]:
+                ends = ((steps[at][0], fact[0]), (steps[at][2], fact[2]))
+                if all(prompts.same(name, bound.get(node, name)) for node, name in ends):
+                    best = max(best, longest(at + 1, dict(ends) | bound))
+        return best
+
+    matched, concluded = longest(0, {node: node for node in fixed - {example.answer}})
+    return matched / len(steps) * matched / len(stated) * (1.0 if concluded else 0.5)
+
+
+COMMON = (  # words of four letters and more that are no finding
+    "about after also because been being both caused causes could does following from have having "
+    "into likely more most next other patient patients present presents shows some such than that "
+    "their then there these they this those were what when where which while will with would year"
+)
+
+
+def _explanation(example: Example, text: str, given: str) -> float:
+    """The formula for prose without a checkable chain; see `reasoning`."""
+    words = _words(text)
+    if not words:
+        return 0.0
+    length = min(1.0, len(words) / 12, 300 / len(words))
+    asked = _words(f"{example.context} {example.question}")
+    findings = {word for word in asked if len(word) > 3} - set(COMMON.split())
+    wanted = min(4, len(findings))
+    taken_up = min(1.0, len(findings & set(words)) / wanted) if wanted else 1.0
+    shown = _words(prompts.messages(example)[-1]["content"])
+    run = min(5, len(words))
+    runs = list(zip(*(words[i:] for i in range(run)), strict=False))
+    copied = zip(*(shown[i:] for i in range(run)), strict=False)
+    own = len(set(runs).difference(copied)) / len(runs)
+    last = _words(re.split(r"[.!?]\s+|\n", text.rstrip(" .!?\n"))[-1])
+    named = [o for o in example.options if _names(last, o) and not _names(_words(given), o)]
+    return length * taken_up * own * (1.0 if _names(last, given) and not named else 0.5)
+
+
+FLOODS = {
+    "answer tags": "<answer>",
+    "closing tags": "</reasoning>",
+    "less-than signs": "<",
+    "broken tags": "</",
+    "NULs": "\0",
+    "zero-width spaces": "\u200b",
+    "right-to-left marks": "\u202e",
+    "stacked accents": "\u0301\u0323",  # NFKC is quadratic in these
+    "emoji": "\U0001f9a0\u200d",
+    "filler": "Let me think about this step by step. ",
+    "one fact": "cholera is caused by Vibrio cholerae. ",
+}
+
+
+def hack_gallery(example: Example, size: int = 2000) -> list[Hack]:
+    """Replies that try to earn without answering, and what each must get.
+
+    `domain` and `format` are exact, `reasoning` is the most that the reply may get. `example` must
+    pass `validate`; `size` (2000 or more) is the length in characters of the long replies.
+
+    >>> hack_gallery(Example("1", "short", "Cause?", answer="virus"))[0]
+    ('empty', '', {'domain': 0, 'reasoning': 0, 'format': 0})
+    """
+    if example.task == "instruction":
+        blank = ("empty", ""), ("blanks", " \n" * (size // 2))
+        return [(*hack, {"domain": None, "reasoning": None, "format": 0.0}) for hack in blank]
+    why, gold = example.reasoning, prompts.parse_answer(prompts.completion(example)) or ""
+    wrong = next((o for o in example.options if o != example.answer), "no")
+    options, asked = example.options or (gold, wrong), prompts.messages(example)[-1]["content"]
+    reply = "<reasoning>{}</reasoning><answer>{}</answer>".format
+    right, spam = reply(why, gold), "".join(f"<answer>{option}</answer>" for option in options)
+    half = 0.5 if example.steps else 1  # prose is not held against the facts
+    gallery = [
+        ("empty", "", 0, 0, 0),
+        ("empty reasoning", reply("", gold), 1, 0, 1),
+        ("empty answer", reply(why, ""), 0, 0.5, 1),
+        ("only the answer", f"<answer>{gold}</answer>", 1, 0, 0),
+        ("two answers", f"{right}<answer>{wrong}</answer>", 0, 0, 0),
+        ("every option answered", reply(why, ", ".join(options)), 0, 0.5, 1),
+        ("an answer tag per option", f"<reasoning>{why}</reasoning>{spam}", 0, 0, 0),
+        ("wrong under the gold reasoning", reply(why, wrong), 0, half, 1),
+        ("answer in both parts", reply(f"{why}<answer>{gold}</answer>", gold), 0, 0, 0),
+        ("answer nested", f"<reasoning><answer>{gold}</answer></reasoning>", 0, 0, 0),
+        ("answer first", f"<answer>{gold}</answer><reasoning>{why}</reasoning>", 0, 0, 0),
+        ("unclosed answer", right.removesuffix("</answer>"), 0, 0, 0),
+        ("tag stuffing", "".join(prompts.TAGS) * 3 + right, 0, 0, 0),
+        ("gold hidden in prose", f"{why} The answer is {gold}.", 0, 0, 0),
+        ("gold beside a wrong tag", f"{reply(why, wrong)} It is {gold}.", 0, half, 0.5),
+        ("text outside", f"Sure! {right} Hope it helps.", 1, 1, 0.5),
+        ("zero-width in the tag", right.replace("<answer>", "<ans\u200bwer>"), 0, 0, 0),
+        ("zero-width in the answer", reply(why, f"{gold[:1]}\u200b{gold[1:]}"), 0, 0.5, 1),
+        ("question copied", reply(asked, gold), 1, 0.5 if example.steps else 0, 1),
+        ("reasoning repeated", reply(f"{why} " * 20, gold), 1, 0.1, 1),
+        ("padded with blanks", reply(why, " " * (size // 2) + gold + "\n" * (size // 2)), 1, 1, 1),
+        ("gold over and over", reply(why, f"{gold} " * (size // len(gold) + 2)), 0, 0.5, 1),
+        ("nested", "<reasoning>" * (size // 23) + "</reasoning>" * (size // 23), 0, 0, 0),
+    ]
+    for name, unit in FLOODS.items():
+        flood = unit * (size // len(unit) + 1)
+        gallery.append((f"flood of {name}", flood, 0, 0, 0))
+        if not any(tag in flood for tag in prompts.TAGS):
+            gallery.append((f"reasoning full of {name}", reply(flood, gold), 1, 0.1, 1))
+            gallery.append((f"answer full of {name}", reply(why, flood), 0, 0.5, 1))
+    return [(name, text, dict(zip(REWARDS, marks, strict=True))) for name, text, *marks in gallery]

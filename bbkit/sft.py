@@ -1,0 +1,101 @@
+"""QLoRA supervised fine-tuning on TRL's SFTTrainer: the stage that pays the alignment tax.
+
+Gold replies in the kit's grammar, loss on the reply alone. Every field that unsloth changes without
+being asked is set here (optimiser, rates, batch, seed, loss type).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bbkit import prompts
+from bbkit.config import Settings
+from bbkit.prompts import Example
+
+
+def rows(examples: Sequence[Example]) -> list[dict]:
+    """TRL's conversational prompt-completion rows.
+
+    >>> rows([Example("1", "short", "Cause?", answer="virus")])[0]["completion"][0]["role"]
+    'assistant'
+    """
+    return [
+        {
+            "prompt": prompts.messages(e),
+            "completion": [{"role": "assistant", "content": prompts.completion(e)}],
+        }
+        for e in examples
+    ]
+
+
+def precision(model) -> dict:
+    """The trainer's bf16/fp16 fields: on a CPU none, else what the model computes in."""
+    import torch
+
+    on_gpu = next(model.parameters()).is_cuda
+    dtypes = {p.dtype for p in model.parameters()}
+    return {
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and torch.bfloat16 in dtypes,
+        "fp16": on_gpu and torch.float16 in dtypes,
+    }
+
+
+def arguments(section, settings: Settings, folder: Path) -> dict:
+    """The TrainingArguments fields that SFT and GRPO share, from their section of the settings."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": section.steps,
+        "per_device_train_batch_size": section.micro_batch_size,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": section.scheduler,
+        "warmup_steps": section.warmup_steps,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "optim": section.optimizer,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "gradient_checkpointing": settings.model.gradient_checkpointing,
+        "seed": settings.run.seed,
+        "data_seed": settings.run.seed,
+        "save_steps": section.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": settings.run.log_steps,
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
+def build(
+    model, tokenizer, examples: Sequence[Example], settings: Settings, folder: Path, callbacks=()
+):
+    """An SFTTrainer ready to train (or to resume) a model that already carries its LoRA matrices.
+
+    `examples` are drawn in an order fixed by the seed. Prompt tokens carry no loss; the end token
+    does, since padding has a token of its own (a model whose pad is its end never learns to stop).
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    section = settings.sft
+    config = SFTConfig(
+        **arguments(section, settings, folder),
+        **precision(model),
+        gradient_accumulation_steps=section.batch_size // section.micro_batch_size,
+        max_length=settings.model.max_length,
+        completion_only_loss=True,
+        packing=False,
+        loss_type=section.loss_type,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows(examples)),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )

@@ -1,0 +1,381 @@
+"""The command line of one run: base -> QLoRA SFT -> GRPO, evaluated between, into a run folder.
+
+`python -m bbkit.train` needs nothing: without arguments it takes the preset that fits the machine.
+Exit codes: 0 done, 2 bad input or configuration, 3 cannot run here, 4 training went unhealthy,
+130 interrupted with the state saved. A run killed at any moment resumes to the same weights.
+"""
+
+import argparse
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bbkit import config, record
+from bbkit.config import CannotRun, InputError, Settings, Unhealthy
+from bbkit.prompts import Example
+
+STAGES = ("sft", "grpo", "evaluate")
+IFEVAL_TOKENS = 512  # replies to IFEval prompts are longer than answers to questions
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m bbkit.train`."""
+    p = argparse.ArgumentParser(
+        prog="python -m bbkit.train",
+        description="QLoRA SFT, GRPO with the hybrid reward, and held-out evaluation of one model.",
+    )
+    p.add_argument("--preset", help=f"one of {', '.join(config.PRESETS)}; default: by hardware")
+    p.add_argument("--config", type=Path, metavar="FILE", help="YAML with keys as in the presets")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one key; repeatable"
+    )
+    p.add_argument("--stages", default=",".join(STAGES), help="of sft,grpo,evaluate (default: all)")
+    p.add_argument("--seed", type=int, help="the same as --set run.seed=N")
+    p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/PRESET-SEED)")
+    p.add_argument("--resume", default="auto", metavar="auto|no|DIR", help="default: auto")
+    p.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="folder with the upstream data files"
+    )
+    p.add_argument("--offline", action="store_true", help="connect to nothing")
+    p.add_argument("--dry-run", action="store_true", help="print settings and plan, then stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
+    args = parser().parse_args(argv)
+    try:
+        return _main(
+            args, ["python", "-m", "bbkit.train", *(sys.argv[1:] if argv is None else argv)]
+        )
+    except (InputError, CannotRun, Unhealthy) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
+    except KeyboardInterrupt:
+        print("interrupted: the state is saved; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _main(args: argparse.Namespace, command: list[str]) -> int:
+    stages = args.stages.split(",")
+    for stage in stages:
+        if stage not in STAGES:
+            raise InputError(f"--stages {args.stages}: no stage {stage!r}; use {', '.join(STAGES)}")
+    preset = args.preset
+    if preset is None:
+        preset, reason = config.choose_preset()
+        print(f"preset {preset}: {reason}")
+    overrides = list(args.set) + ([f"run.seed={args.seed}"] if args.seed is not None else [])
+    settings = config.load(preset, args.config, overrides)
+    if args.offline or settings.model.name == "pocket":
+        # Set before any Hugging Face import, which reads them once.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.dry_run:
+        return _dry_run(settings, args.offline)
+    out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
+    resume = record.resolve_resume(args.resume, out)
+    rows = load_rows(settings, args.data_dir, args.offline)
+    with record.Run(resume or out, config.to_dict(settings), command, resume) as run:
+        execute(run, settings, rows, stages, args.data_dir, args.offline)
+    return 0
+
+
+def load_rows(
+    settings: Settings, data_dir: Path | None, offline: bool = False
+) -> dict[str, list[Example]]:
+    """The rows of each stage, `sft`, `grpo` and `held_out`, checked before any training.
+
+    Raises InputError where a test split would be trained on, a row breaks the rewards (gold must
+    score full, wrong choices nothing), or nothing is left to train on.
+    """
+    from bbkit import data, instructions, rewards
+
+    def read(names: Sequence[str], split: str, limit: int, kinds, seed: int) -> list[Example]:
+        rows = []
+        for name in names:
+            if split == "train" and data.role(name, split) != "train":
+                raise InputError(f"data: {name} has no split to train on; its card says why")
+            part = split
+            if split == "test" and split not in data.card(name)["splits"]:
+                part = "validation"
+                print(f"{name}: it has no test split, evaluated on validation")
+            found = data.load(
+                name, part, data_dir, allow_changed=settings.data.allow_changed, seed=seed
+            )
+            if name == "general_instructions":
+                found = instructions.constrain(found, seed, kinds)
+            found = [
+                e for e in found if e.task != "instruction" or e.constraints[0]["kind"] in kinds
+            ]
+            rows += found[:limit] if limit else found
+        return rows
+
+    limits, seed = settings.data.limits, settings.run.seed
+    rows = {
+        "sft": read(settings.data.sft, "train", limits.sft, instructions.SEEN, seed),
+        "grpo": read(settings.data.grpo, "train", limits.grpo, instructions.SEEN, seed),
+        # Seed 0 whatever the run's seed: every run answers the same held-out prompts.
+        "held_out": read(
+            settings.data.evaluate,
+            settings.evaluation.split,
+            limits.evaluate,
+            instructions.KINDS,
+            seed=0,
+        ),
+    }
+    asked = [e for e in rows["held_out"] if e.task != "instruction"]
+    general = [e for e in rows["held_out"] if e.task == "instruction"]
+    rows["held_out"] = _some(asked, settings.evaluation.questions)
+    rows["held_out"] += _some(general, settings.evaluation.instructions)
+    for stage in ("sft", "grpo"):
+        if not rows[stage] and getattr(settings, stage).steps:
+            raise InputError(
+                f"data.{stage}: no rows; name a card with a training split or set {stage}.steps=0"
+            )
+    for stage in rows:
+        rewards.validate(e for e in rows[stage] if e.task != "instruction")
+    return rows
+
+
+def _some(rows: list[Example], most: int) -> list[Example]:
+    """At most so many of the rows, the same at every call, in their order; 0: all."""
+    if not most or len(rows) <= most:
+        return rows
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
+
+
+def execute(
+    run: record.Run,
+    settings: Settings,
+    rows: dict[str, list[Example]],
+    stages: Sequence[str],
+    data_dir: Path | None = None,
+    offline: bool = False,
+) -> None:
+    """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
+    import torch
+
+    from bbkit import data, grpo, models, plots, prompts, sft
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    model, tokenizer = models.load(settings.model, offline=offline)
+    names = sorted({*settings.data.sft, *settings.data.grpo})
+    sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
+    run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
+    ifeval = []
+    if settings.evaluation.ifeval:
+        ifeval = data.load("ifeval", "test", data_dir)[: settings.evaluation.ifeval]
+
+    def evaluate_stage(stage: str) -> None:
+        if "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
+            evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
+
+    evaluate_stage("base")
+    model = models.add_lora(model, settings.model, settings.run.seed)
+    for stage in ("sft", "grpo"):
+        section = getattr(settings, stage)
+        adapter = run.folder / stage / "adapter"
+        if stage not in stages or not section.steps:
+            continue
+        if run.is_done(stage):
+            models.load_adapter(model, adapter)
+        else:
+            hooks = Recorder(run, stage, section.steps, settings)
+            if stage == "sft":
+                trainer = sft.build(
+                    model, tokenizer, rows["sft"], settings, adapter.parent, [hooks]
+                )
+            else:
+                asked = [e for e in rows["grpo"] if e.task != "instruction"]
+                general = [e for e in rows["grpo"] if e.task == "instruction"]
+                order = grpo.schedule(
+                    asked, general, section.steps, section.prompts, section.instruction_share,
+                    settings.run.seed,
+                )  # fmt: skip
+                trainer = grpo.build(model, tokenizer, order, settings, adapter.parent, [hooks])
+            hooks.train(trainer)
+            models.save_adapter(model, adapter)
+            run.done(stage, seconds=hooks.seconds, peak_gib=_peak_gib())
+        evaluate_stage(stage)
+    models.save_adapter(model, run.folder / "adapter")
+    print(f"report: {plots.write_report(run.folder)}")
+
+
+class Recorder:
+    """Trainer callback: metrics and samples into the run folder, whole checkpoints, a progress bar.
+
+    SIGINT and SIGTERM end training after the step in hand, with a checkpoint; `train` then raises
+    KeyboardInterrupt. A loss or gradient that is not finite raises Unhealthy.
+    """
+
+    def __new__(cls, *args):
+        from transformers import TrainerCallback
+
+        # A subclass of transformers' class, which this module must not import at its top.
+        made = super().__new__(type("Recorder", (cls, TrainerCallback), {}))
+        return made
+
+    def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
+        self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
+        self.stop, self.seconds, self.trainer, self.bar = False, 0.0, None, None
+
+    def train(self, trainer) -> None:
+        """Train, from the newest whole checkpoint of the stage if there is one."""
+        import signal
+
+        from tqdm.auto import tqdm
+
+        folder = self.run.folder / self.stage
+        checkpoint = record.latest_checkpoint(folder)
+        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if checkpoint:
+            print(f"{self.stage}: going on from step {start}")
+        self.run.truncate(self.stage, start)
+        self.trainer = trainer
+        trainer.add_callback(self) if self not in trainer.callback_handler.callbacks else None
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        began = time.perf_counter()
+        try:
+            bar = tqdm(total=self.steps, initial=start, desc=self.stage, file=sys.stdout)
+            with bar as self.bar, record.guarded(folder):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        self.seconds = time.perf_counter() - began
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def _stop(self, *_) -> None:
+        self.stop = True
+
+    def on_step_end(self, args, state, control, **_):
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+        self.bar.update(1)
+        return control
+
+    def on_save(self, args, state, control, **_):
+        record.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        logs = logs or {}
+        if "loss" not in logs:
+            return  # the summary at the end of training
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(key, 0.0))):
+                raise Unhealthy(
+                    f"{self.stage} step {state.global_step}: {key} is {logs[key]}; the last checkpoint "
+                    f"is kept, lower {self.stage}.learning_rate and start a new run"
+                )
+        row = {_key(k): float(v) for k, v in logs.items() if k != "epoch" and _is_number(v)}
+        if self.stage == "grpo":
+            row["gradient_engine"] = "trl"
+        self.run.log(self.stage, state.global_step, row)
+        shown = {k.partition("/")[2]: f"{v:.2f}" for k, v in row.items() if k.startswith("reward/")}
+        self.bar.set_postfix(shown or {"loss": f"{row['loss']:.2f}"})
+        for sample in getattr(self.trainer, "last_samples", [])[
+            : self.settings.run.samples_per_log
+        ]:
+            self.run.sample(self.stage, state.global_step, sample)
+
+
+def _key(name: str) -> str:
+    """TRL's metric names as the run folder's contract has them."""
+    if name.startswith("rewards/"):
+        _, capability, kind = name.split("/")
+        return f"reward/{capability}" if kind == "mean" else f"reward_spread/{capability}"
+    return {"step_time": "seconds/step"}.get(name, name)
+
+
+def _is_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _peak_gib() -> float:
+    import resource
+
+    scale = 2**20 if sys.platform != "darwin" else 2**30  # ru_maxrss is KiB, on macOS bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)
+
+
+def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:
+    """Evaluate the model as it is, write one row per reply and the measures with intervals."""
+    import json
+
+    from tqdm.auto import tqdm
+
+    from bbkit import evaluate
+
+    section, held_out = settings.evaluation, rows["held_out"]
+    run.truncate(stage, getattr(settings, stage).steps if stage != "base" else 0)
+    began = time.perf_counter()
+    with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
+        replies = evaluate.generate(
+            model, tokenizer, held_out, section.max_new_tokens, section.batch_size, bar.update
+        )
+        found = evaluate.items(held_out, replies)
+        if ifeval:
+            replies = evaluate.generate(
+                model, tokenizer, ifeval, IFEVAL_TOKENS, section.batch_size, bar.update
+            )
+            found += evaluate.ifeval_items(ifeval, replies)
+    folder = run.folder / "evaluation"
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in record.plain(found))
+    record.write_bytes(folder / f"{stage}.jsonl", lines.encode())
+    run.evaluation(stage, evaluate.summary(found, section.bootstrap))
+    if stage == "base":
+        run.evaluation("baseline", evaluate.baselines(rows["sft"], held_out, section.bootstrap))
+    changes = {}
+    for earlier, later in (("base", "sft"), ("sft", "grpo"), ("base", "grpo")):
+        paths = [folder / f"{s}.jsonl" for s in (earlier, later)]
+        if all(p.exists() for p in paths):
+            changes[f"{later}-{earlier}"] = evaluate.difference(
+                record.read_rows(paths[0]), record.read_rows(paths[1]), section.bootstrap
+            )
+    run.evaluation("difference", changes)
+    step = 0 if stage == "base" else getattr(settings, stage).steps
+    for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:
+        shown = {
+            "prompt": item["question"],
+            "reply": item["reply"],
+            "gold": item["gold"],
+            "rewards": item["scores"],
+        }
+        run.sample(stage, step, shown, held_out=True)
+    run.done(f"evaluate {stage}", seconds=time.perf_counter() - began)
+
+
+def _dry_run(settings: Settings, offline: bool) -> int:
+    """Print the resolved settings and what the run would do."""
+    from bbkit import models
+
+    print(config.to_yaml(settings))
+    s, g = settings.sft, settings.grpo
+    need = models.model_bytes(settings.model, offline)
+    tokens = g.steps * g.prompts * g.generations * g.max_completion_length
+    print(f"sft   {s.steps} steps of {s.batch_size} sequences")
+    print(
+        f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
+        f"at most {tokens:,} new tokens"
+    )
+    print(
+        "memory of the weights: " + ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in need.items())
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Settings: precedence, presets with the same commented keys, one clear line for each mistake."""
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bbkit import config
+from bbkit.config import InputError, Settings, from_dict, leaves, load, to_dict, to_yaml
+
+FOLDER = Path(config.__file__).parent / "presets"
+KEYS = list(leaves(to_dict(Settings())))
+
+
+def preset_text(name: str) -> str:
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def message(**arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        load(**arguments)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 250
+    return text
+
+
+def test_presets_are_the_files():
+    assert sorted(config.PRESETS) == sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_have_the_same_full_set_of_keys_in_the_same_order(name):
+    assert list(leaves(yaml.safe_load(preset_text(name)))) == KEYS
+    load(name)
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_every_key_of_a_preset_is_commented(name):
+    lines = preset_text(name).splitlines()
+    assert lines[0].startswith("# ") and max(map(len, lines)) <= 100
+    for before, line in pairwise(lines):
+        if re.match(r"\s*\w+:", line):
+            said = line.partition("  # ")[2] or before.strip().removeprefix("# ")
+            assert len(said) > 3 and (before.strip().startswith("#") or "  # " in line), line
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_hub_models_are_pinned_to_a_commit(name):
+    model = load(name).model
+    assert ("/" in model.name) == bool(re.fullmatch("[0-9a-f]{40}", model.revision))
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("grpo:\n  prompts: 16\n  steps: 7\n")
+    assert load().grpo.learning_rate == Settings().grpo.learning_rate
+    assert load("pocket").grpo.learning_rate == 3e-4
+    grpo = load("pocket", file, ["grpo.steps=9", "grpo.steps=10"]).grpo
+    assert (grpo.learning_rate, grpo.prompts, grpo.steps) == (3e-4, 16, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("sft.learning_rate=4e-3", 0.004),
+        ("sft.learning_rate=0", 0.0),
+        ("grpo.weights.domain=2", 2.0),
+        ("model.revision=0123456", "0123456"),  # YAML reads an octal number
+        ("model.revision=12e45", "12e45"),
+        ("model.name=no", "no"),
+        ("model.revision=", ""),
+        ("data.sft=ontology,medqa", ("ontology", "medqa")),
+        ("data.sft=[ontology, medqa]", ("ontology", "medqa")),
+        ("data.sft=ontology", ("ontology",)),
+        ("data.allow_changed=true", True),
+        ("model.quantization=none", "none"),
+    ],
+)
+def test_values_take_the_type_of_their_key(text, value):
+    found = load(overrides=[text])
+    for part in text.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("grpo.stepz=3", ["unknown key grpo.stepz", "did you mean grpo.steps?"]),
+        ("grop.steps=3", ["did you mean grpo.steps?"]),
+        ("steps=3", ["did you mean sft.steps or grpo.steps?"]),
+        ("grpo.steps.more=3", ["grpo.steps takes a whole number"]),
+        ("grpo=3", ["grpo is a section", "prompts"]),
+        ("grpo.steps", ["expected key=value"]),
+        ("=3", ["expected key=value"]),
+        ("grpo.steps=many", ["grpo.steps takes a whole number of 0 or more"]),
+        ("grpo.steps=1.5", ["whole number"]),
+        ("grpo.steps=true", ["whole number"]),
+        ("grpo.steps=-1", ["0 or more"]),
+        ("grpo.steps=[", ["not valid YAML"]),
+        ("grpo.steps=2001-13-45", ["not valid YAML"]),
+        ("grpo.generations=1", ["2 or more"]),
+        ("grpo.learning_rate=.nan", ["a number"]),
+        ("grpo.weights.domain=.inf", ["a number"]),
+        ("grpo.top_p=1.5", ["0.01 to 1.0"]),
+        ("model.quantization=nf8", ["one of nf4, none", "did you mean nf4?"]),
+        ("data.allow_changed=maybe", ["true or false"]),
+        ("data.sft=[1, 2]", ["a list of names"]),
+        ("grpo.micro_batch_size=7", ["must divide prompts x generations"]),
+        ("sft.micro_batch_size=7", ["must divide sft.batch_size"]),
+        ("grpo.loss_type=dr_grpo", ["scale_rewards"]),
+        ("sft.scheduler=constant", ["constant_with_warmup"]),
+        ("grpo.max_completion_length=9999", ["model.max_length"]),
+        ("data.grpo=[]", ["data.grpo names no data card", "grpo.steps=0"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(override, words):
+    text = message(preset="pocket", overrides=[override])
+    assert all(word in text for word in words), text
+    assert text.startswith((f"--set {override}: ", "settings: "))
+
+
+def test_weights_that_are_all_zero_are_refused():
+    zero = [f"grpo.weights.{k}=0" for k in ("domain", "reasoning", "format")]
+    assert "grpo.weights" in message(overrides=zero)
+    load(overrides=zero[:2])
+
+
+def test_unknown_preset_names_the_nearest():
+    text = message(preset="pockt")
+    assert "did you mean pocket?" in text and "24gb" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("grpo:\n  stepz: 3\n", "did you mean grpo.steps?"),
+        ("grpo:\n  steps: three\n", "whole number of 0 or more, not 'three'"),
+        ("grpo:\n", "grpo is a section"),
+        ("grpo: [1]\n", "grpo is a section"),
+        ("- 1\n", "expected sections"),
+        ("", "expected sections"),
+        ("grpo: {\n", "not valid YAML"),
+        ("grpo:\n  steps: 3\ngrpo:\n  prompts: 3\n", "key grpo is given twice"),
+        ("grpo: !!python/object:os.system {}\n", "not valid YAML"),
+        ("model:\n  revision: 12\n", "takes text, not 12"),
+        ("data:\n  sft: ontology\n", "a list of names"),
+        ("3: 4\n", "unknown key 3"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path, content, words):
+    file = tmp_path / "my.yaml"
+    file.write_text(content)
+    text = message(file=file)
+    assert text.startswith(f"{file}: ") and words in text, text
+
+
+def test_unreadable_files_are_named(tmp_path):
+    assert "No such file" in message(file=tmp_path / "none.yaml")
+    assert "Is a directory" in message(file=tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in message(file=tmp_path / "binary")
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_dict_and_yaml_round_trip(tmp_path, name):
+    found = load(name)
+    assert from_dict(to_dict(found)) == found
+    (tmp_path / "same.yaml").write_text(to_yaml(found))
+    assert load(file=tmp_path / "same.yaml") == found
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1), st.integers(0, 10**6))
+def test_any_number_survives_the_command_line_and_yaml(rate, steps):
+    found = load(overrides=[f"sft.learning_rate={rate}", f"sft.steps={steps}"])
+    assert (found.sft.learning_rate, found.sft.steps) == (rate, steps)
+    assert from_dict(yaml.safe_load(to_yaml(found))) == found
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_no_override_can_raise_anything_else(text):
+    for override in (text, f"grpo.{text}", f"grpo.steps={text}", f"data.sft={text}"):
+        try:
+            load(overrides=[override])
+        except InputError as error:
+            assert str(error)
+
+
+def test_importing_config_and_record_imports_no_torch():
+    code = "import sys, bbkit.config, bbkit.record, bbkit.plots; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+class FakeCuda:
+    """Stands for torch.cuda with one GPU of so many GiB (0: none)."""
+
+    def __init__(self, gib: float) -> None:
+        self.total_memory = gib * 2**30
+
+    def is_available(self) -> bool:
+        return self.total_memory > 0
+
+    def get_device_properties(self, index: int) -> "FakeCuda":
+        return self
+
+    def get_device_name(self, index: int) -> str:
+        return "Some GPU"
+
+
+@pytest.mark.parametrize(
+    ("gib", "preset"), [(0, "pocket"), (8, "pocket"), (14.6, "t4"), (22, "24gb"), (79, "24gb")]
+)
+def test_preset_is_chosen_by_gpu_memory(monkeypatch, gib, preset):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "cuda", FakeCuda(gib))
+    name, reason = config.choose_preset()
+    assert name == preset and ("Some GPU" in reason) == (gib > 0)

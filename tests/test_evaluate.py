@@ -1,0 +1,80 @@
+"""Measures, intervals and paired differences of the held-out evaluation."""
+
+import random
+
+import pytest
+
+from bbkit import evaluate, instructions, knowledge, prompts
+from bbkit.prompts import Example
+
+ROWS = knowledge.questions("validation")[:40] + instructions.examples("validation", per_kind=2)
+
+
+def test_gold_replies_score_full_and_empty_ones_nothing():
+    gold = evaluate.summary(evaluate.items(ROWS, [prompts.completion(e) for e in ROWS]), 100)
+    for name in ("domain", "reasoning", "format", "instruction", "instruction_unseen"):
+        assert gold[name]["value"] == 1.0, name
+    assert gold["unparsed"]["value"] == 0.0
+    empty = evaluate.summary(evaluate.items(ROWS, [""] * len(ROWS)), 100)
+    assert empty["unparsed"]["value"] == 1.0
+    assert all(v["value"] == 0.0 for k, v in empty.items() if k != "unparsed")
+
+
+def test_seen_and_unseen_kinds_are_counted_apart():
+    rows = [e for e in ROWS if e.task == "instruction"]
+    replies = [e.answer if e.entity in instructions.SEEN else "no" for e in rows]
+    found = evaluate.summary(evaluate.items(rows, replies), 100)
+    assert found["instruction"]["value"] == 1.0 and found["instruction"]["n"] == 24
+    assert found["instruction_unseen"]["value"] == 0.0 and found["instruction_unseen"]["n"] == 16
+
+
+def test_a_lenient_reading_needs_the_gold_word_and_no_other_option():
+    e = Example("1", "choice", "?", options=("fever", "rash", "cough"), answer="fever")
+    told = {"It brings fever.": 1, "fever or rash": 0, "feverish": 0, "": 0, "FEVER!": 1}
+    assert {reply: evaluate.lenient(e, reply) for reply in told} == told
+
+
+def test_the_interval_widens_with_clusters_and_covers_the_truth():
+    rng = random.Random(0)
+    values, clusters = [], []
+    for cluster in range(60):  # four equal answers per cluster: 60 facts, not 240
+        value = float(rng.random() < 0.5)
+        values += [value] * 4
+        clusters += [str(cluster)] * 4
+    low, high = evaluate.interval(values, clusters, 2000)
+    alone = evaluate.interval(values, [str(i) for i in range(240)], 2000)
+    assert low < 0.5 < high
+    assert (high - low) > 1.7 * (alone[1] - alone[0])
+
+
+def test_wilson_as_published():
+    """81 of 263: 0.2553 to 0.3662, Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    low, high = evaluate.interval([1.0] * 81 + [0.0] * 182, [str(i) for i in range(263)], 10)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_differences_are_paired_and_signed():
+    before = evaluate.items(ROWS, [""] * len(ROWS))
+    after = evaluate.items(ROWS, [prompts.completion(e) for e in ROWS])
+    found = evaluate.difference(before, after, 100)
+    assert found["domain"]["value"] == 1.0 and found["unparsed"]["value"] == -1.0
+    same = evaluate.difference(after, after, 100)
+    assert same["domain"] == {"value": 0.0, "n": 40, "interval": [0.0, 0.0]}
+    shuffled = random.Random(1).sample(after, len(after))
+    assert evaluate.difference(before, shuffled, 100)["domain"]["value"] == 1.0
+
+
+def test_baselines_know_nothing_and_say_so():
+    train = knowledge.questions("train")
+    found = evaluate.baselines(train, [e for e in ROWS if e.task != "instruction"], 100)
+    assert set(found) == {"guess_by_name", "majority", "chance"}
+    assert all(v["value"] < 0.7 for v in found.values())
+    assert evaluate.baselines(train, []) == {}
+
+
+def test_ifeval_items_read_raw_text_and_final_answer_apart():
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    e = Example("1", "instruction", "No commas.", constraints=({"kind": "punctuation:no_comma"},))
+    wrapped = "<reasoning>Well, yes.</reasoning><answer>Yes.</answer>"
+    (row,) = evaluate.ifeval_items([e], [wrapped])
+    assert row["scores"] == {"ifeval_strict": 0.0, "ifeval_loose": 0.0, "ifeval_answer_strict": 1.0}

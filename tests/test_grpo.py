@@ -1,0 +1,61 @@
+"""The order of prompts and the reward functions that TRL calls."""
+
+import pytest
+
+from bbkit import config, grpo, instructions, knowledge, prompts, sft
+
+QUESTIONS = knowledge.questions("validation")[:10]
+GENERAL = instructions.examples("train", per_kind=1, kinds=instructions.SEEN)[:4]
+
+
+def test_every_step_has_its_share_of_instructions():
+    order = grpo.schedule(QUESTIONS, GENERAL, steps=6, groups=8, share=0.25, seed=0)
+    steps = [order[i : i + 8] for i in range(0, len(order), 8)]
+    assert len(steps) == 6
+    assert all(sum(e.task == "instruction" for e in step) == 2 for step in steps)
+
+
+def test_no_prompt_comes_again_before_all_have_come():
+    order = grpo.schedule(QUESTIONS, [], steps=5, groups=2, share=0.5, seed=0)
+    assert len({e.id for e in order}) == 10
+    only = grpo.schedule([], GENERAL, steps=1, groups=4, share=0.0, seed=0)
+    assert {e.id for e in only} == {e.id for e in GENERAL}
+
+
+def test_the_order_follows_the_seed():
+    first = grpo.schedule(QUESTIONS, GENERAL, 5, 4, 0.25, seed=1)
+    assert first == grpo.schedule(QUESTIONS, GENERAL, 5, 4, 0.25, seed=1)
+    assert first != grpo.schedule(QUESTIONS, GENERAL, 5, 4, 0.25, seed=2)
+
+
+def test_reward_functions_score_their_own_row_and_leave_out_what_does_not_apply():
+    rows = [QUESTIONS[0], GENERAL[0]]
+    functions = grpo.reward_functions(rows)
+    assert [f.__name__ for f in functions] == ["domain", "reasoning", "format"]
+    replies = [[{"role": "assistant", "content": prompts.completion(e)}] for e in (rows[1], rows[0])]
+    got = [f(completions=replies, index=[1, 0], prompts=None) for f in functions]
+    assert got == [[None, 1.0], [None, 1.0], [1.0, 1.0]]
+
+
+def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
+    from bbkit import models
+
+    settings = config.load("pocket", overrides=["sft.steps=1"])
+    model, tokenizer = models.load(settings.model, say=lambda line: None)
+    model = models.add_lora(model, settings.model, 0)
+    trainer = sft.build(model, tokenizer, QUESTIONS, settings, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    told = {tokenizer.decode([t for t in row if t != -100]) for row in batch["labels"].tolist()}
+    gold = {prompts.completion(e) + tokenizer.eos_token for e in QUESTIONS}
+    assert {t.strip() for t in told} == gold
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_fields_that_unsloth_changes_are_set(preset, tmp_path):
+    settings = config.load(preset)
+    for section in (settings.sft, settings.grpo):
+        given = sft.arguments(section, settings, tmp_path)
+        assert {
+            "optim", "learning_rate", "weight_decay", "warmup_steps", "seed", "lr_scheduler_type",
+            "per_device_train_batch_size", "max_grad_norm", "report_to",
+        } <= set(given)  # fmt: skip

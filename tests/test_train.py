@@ -1,0 +1,216 @@
+"""The command line of one run: whole runs, resumes to the bit, and clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bbkit import config, train
+
+SMALL = [
+    "--preset", "pocket", "--set", "sft.steps=4", "--set", "sft.save_steps=2",
+    "--set", "sft.batch_size=8", "--set", "sft.micro_batch_size=4", "--set", "grpo.steps=3",
+    "--set", "grpo.save_steps=1", "--set", "grpo.prompts=4", "--set", "grpo.generations=4",
+    "--set", "grpo.micro_batch_size=8", "--set", "evaluation.questions=12",
+    "--set", "evaluation.instructions=12", "--set", "evaluation.max_new_tokens=24",
+    "--set", "evaluation.bootstrap=50", "--set", "run.threads=1",
+]  # fmt: skip
+
+
+def start(*words: str, code: str = "") -> subprocess.Popen:
+    """The command as a user types it (or `code` before it), in a process of its own."""
+    call = ["-m", "bbkit.train", *words]
+    if code:
+        call = [
+            "-c",
+            f"{code}\nimport sys\nfrom bbkit import train\nsys.exit(train.main(sys.argv[1:]))",
+            *words,
+        ]
+    return subprocess.Popen(
+        [sys.executable, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """One uninterrupted small run, in which any attempt to connect is an error."""
+    guard = (
+        "import socket\n"
+        "def refuse(*a): raise SystemExit('tried to connect')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse"
+    )
+    out = tmp_path_factory.mktemp("whole") / "run"
+    code, text, err = finish(start(*SMALL, "--out", str(out), code=guard))
+    assert code == 0, text + err
+    return out
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys, bbkit.train as t\nt.parser().format_help()\nassert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_leaves_the_folder_of_the_contract(whole):
+    manifest = json.loads((whole / "run.json").read_text())
+    assert manifest["status"] == "done"
+    assert manifest["settings"]["sft"]["steps"] == 4 and manifest["prompt_hash"]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        *(("sft", i) for i in range(1, 5)),
+        *(("grpo", i) for i in range(1, 4)),
+    ]
+    keys = {"loss", "entropy", "unparsed", "gradient_engine", "seconds/step"}
+    keys |= {
+        f"{part}/{k}"
+        for part in ("reward", "sigma", "weight")
+        for k in ("domain", "reasoning", "format")
+    }
+    assert keys <= set(rows[-1]), keys - set(rows[-1])
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    for stage in ("base", "sft", "grpo"):
+        for name in (
+            "domain",
+            "reasoning",
+            "instruction",
+            "instruction_unseen",
+            "format",
+            "unparsed",
+        ):
+            found = evaluation[stage][name]
+            assert 0 <= found["interval"][0] <= found["value"] <= found["interval"][1] <= 1
+            assert found["n"] > 0
+    assert set(evaluation["difference"]) == {"sft-base", "grpo-sft", "grpo-base"}
+    assert (whole / "adapter" / "adapter_model.safetensors").is_file()
+    report = (whole / "report.md").read_text()
+    for figure in (whole / "figures").glob("*.png"):
+        assert f"figures/{figure.name}" in report
+    assert not list(whole.rglob("*.tmp"))
+
+
+def test_the_same_command_again_changes_nothing(whole):
+    before = (whole / "adapter" / "adapter_model.safetensors").read_bytes()
+    metrics = (whole / "metrics.jsonl").read_bytes()
+    assert train.main([*SMALL, "--out", str(whole)]) == 0
+    assert (whole / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert (whole / "metrics.jsonl").read_bytes() == metrics
+
+
+def comparable(folder: Path) -> dict:
+    """All that a resumed run must have in common with an uninterrupted one."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds", "train_runtime", "train_samples", "train_steps")
+    return {
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "sft": (folder / "sft" / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "metrics": [{k: v for k, v in r.items() if not k.startswith(measured)} for r in rows],
+        "samples": (folder / "samples.jsonl").read_text(),
+        "evaluation": (folder / "evaluation.json").read_text(),
+    }
+
+
+def wait_for(folder: Path, stage: str, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        file = folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        if any(f'"stage": "{stage}", "step": {step}' in line for line in lines):
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("moments", "how"),
+    [([("sft", 3), ("grpo", 2)], signal.SIGKILL), ([("sft", 1), ("grpo", 1)], signal.SIGTERM)],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, how):
+    out = tmp_path / "run"
+    for stage, step in moments:
+        process = start(*SMALL, "--out", str(out))
+        wait_for(out, stage, step, process)
+        process.send_signal(how)
+        code, text, err = finish(process)
+        assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130), text + err
+    code, text, err = finish(start(*SMALL, "--out", str(out)))
+    assert code == 0, text + err
+    assert comparable(out) == comparable(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--preset", "pockett"], 2, "did you mean pocket?"),
+        (["--preset", "pocket", "--set", "grpo.stepz=3"], 2, "did you mean grpo.steps?"),
+        (["--preset", "pocket", "--set", "grpo.steps=many"], 2, "grpo.steps"),
+        (["--preset", "pocket", "--stages", "sft,rl"], 2, "no stage 'rl'"),
+        (["--preset", "pocket", "--resume", "nowhere"], 2, "nowhere: no such folder"),
+        (["--preset", "pocket", "--config", "no.yaml"], 2, "no.yaml"),
+        (
+            ["--preset", "pocket", "--set", "data.sft=[pubmedqa]", "--data-dir", "nodata"],
+            2,
+            "nodata",
+        ),
+        (["--preset", "pocket", "--set", "data.sft=[ifeval]"], 2, "ifeval"),
+        (["--preset", "pocket", "--set", "data.sft=[mmlu_medical]"], 2, "mmlu_medical"),
+        (["--preset", "pocket", "--set", "model.name=no/folder/here"], 2, "no/folder/here"),
+        (["--preset", "pocket", "--set", "model.backend=unsloth"], 3, "unsloth"),
+    ],
+)
+def test_bad_input_is_one_clear_line(words, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*words, "--offline"]) == code
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ") and "\n" not in err and said in err
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--preset", "pocket", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "learning_rate" in text and "sft " in text and "grpo " in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_adapter_is_named_and_the_run_is_left_as_it_was(whole, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["stages"].pop("grpo")
+    (copy / "run.json").write_text(json.dumps(manifest))
+    (copy / "sft" / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
+    assert train.main([*SMALL, "--out", str(copy)]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        code, _, err = finish(start(*SMALL, "--out", str(disk / "run")))
+        assert code == 3 and "disk full" in err.splitlines()[-1]
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        code, text, err = finish(start(*SMALL, "--out", str(disk / "run")))
+        assert code == 0, text + err
+        assert comparable(disk / "run")["adapter"] == comparable(whole)["adapter"]
+    finally:
+        subprocess.run(["umount", disk])
+
+
+def test_every_preset_resolves():
+    for preset in config.PRESETS:
+        assert config.load(preset).grpo.generations >= 2
