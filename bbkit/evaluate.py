@@ -103,7 +103,7 @@ def measure(example: Example, reply: str) -> dict[str, float | None]:
     scores: dict[str, float | None] = dict(rewards.score(example, reply))
     if example.task != "instruction":
         scores["domain_lenient"] = lenient(example, reply)
-        scores["unparsed"] = float(prompts.parse_answer(reply, example.options or None) is None)
+        scores["unparsed"] = float(rewards.answer_given(example, reply) is None)
         return scores
     scores.pop("format")
     strict = float(all(instructions.check(c, reply) for c in example.constraints))

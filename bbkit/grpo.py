@@ -94,10 +94,14 @@ def build(
                 for x, c in zip(inputs, completions, strict=True)
                 if order[x["index"]].task != "instruction"
             ]
-            missed = sum(prompts.parse_answer(text, e.options or None) is None for e, text in asked)
+            missed = sum(rewards.answer_given(e, text) is None for e, text in asked)
             self._log_metric("unparsed", missed / max(1, len(asked)))
             self.last_samples = [
-                {"prompt": order[x["index"]].question, "reply": c[0]["content"], "rewards": row}
+                {
+                    "prompt": order[x["index"]].question,
+                    "reply": c[0]["content"],
+                    "rewards": dict(zip(CAPABILITIES, row, strict=True)),
+                }
                 for x, c, row in zip(inputs, completions, matrix.tolist(), strict=False)
             ]
             return matrix

@@ -1,9 +1,9 @@
 """IFEval: strict and loose verdicts by lm-eval's checkers, made exact and offline.
 
 Serves the claim of no alignment tax. What differs from lm-eval 0.4.13: langdetect is seeded, punkt
-comes from a package, NLTK's clock is off, an argument of 0 counts, a row for which a checker would
-draw an argument is an error, and the letters '#' (key 1122) and '!' (key 1129) are counted, where
-every public checker draws another letter.
+comes from a package, NLTK's clock is off, an argument of 0 counts, a row that makes a checker draw
+an argument is an error, and the letters '#' (key 1122) and '!' (key 1129) are counted literally,
+where every public checker draws another letter.
 """
 
 import logging
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bbkit.config import CannotRun, InputError
 from bbkit.prompts import split_reply
 
-ROW_FAULTS = (AttributeError, LookupError, TypeError, ValueError, re.error)
 # What these checkers' regular expressions cannot match makes them quadratic: 1 MB takes an hour.
 CUTS = {
     "detectable_content:number_placeholders": (r"(?m)(^|\])[^\]\n]*$", r"\1"),  # after the last ]
@@ -48,11 +48,11 @@ def score_ifeval(rows: Sequence[Mapping], responses: Sequence[str]) -> list[dict
                 raise InputError(f"IFEval key {row['key']}: the reply is {reply!r:.40}, not text")
             lines = reply.split("\n")
             less = ["\n".join(kept).strip() for kept in (lines[1:], lines[:-1], lines[1:-1])]
-            variants = {*less, *(text.replace("*", "") for text in (reply, *less))}
-            strict = [_follows(*pair, reply) for pair in checkers]
+            others = {*less, *(text.replace("*", "") for text in (reply, *less))} - {reply}
+            strict = [_follows(reply, *pair) for pair in checkers]
             loose = [
-                followed or any(_follows(*pair, text) for text in variants)
-                for pair, followed in zip(checkers, strict, strict=True)
+                kept or any(_follows(text, *pair) for text in others)
+                for kept, pair in zip(strict, checkers, strict=True)
             ]
             scores.append({"key": row["key"], "strict": strict, "loose": loose})
     return scores
@@ -63,8 +63,8 @@ def final_answer(text: str) -> str:
 
     The tags alone fail strict IFEval, which would look like tax: report this and the raw text.
 
-    >>> final_answer("<reasoning>Hm.</reasoning><answer>Yes.</answer>"), final_answer("Yes.")
-    ('Yes.', 'Yes.')
+    >>> final_answer("<reasoning>Hm.</reasoning><answer>Yes.</answer>")
+    'Yes.'
     """
     parts = split_reply(text)
     return text if parts is None or parts[1] is None else parts[1]
@@ -81,9 +81,8 @@ def shares(scores: Sequence[Mapping]) -> dict[str, float]:
     four = {}
     for rule in ("strict", "loose"):
         prompts = [score[rule] for score in scores]
-        instructions = [verdict for prompt in prompts for verdict in prompt]
-        four[f"prompt_{rule}"] = sum(map(all, prompts)) / len(prompts)
-        four[f"instruction_{rule}"] = sum(instructions) / len(instructions)
+        four[f"prompt_{rule}"] = fmean(map(all, prompts))
+        four[f"instruction_{rule}"] = fmean(kept for prompt in prompts for kept in prompt)
     return four
 
 
@@ -91,8 +90,8 @@ def shares(scores: Sequence[Mapping]) -> dict[str, float]:
 def _registry() -> Mapping[str, type]:
     """lm-eval's checkers by instruction id, with punkt loaded and nothing fetched."""
     try:
-        import nltk
-        from nltk.tokenize.punkt import PunktParameters, save_punkt_params
+        import nltk.redos
+        from nltk.tokenize.punkt import save_punkt_params
         from punkt.data import load_bundled
 
         # lm-eval fetches NLTK's punkt_tab unless it is found. The package holds the same tables:
@@ -104,10 +103,7 @@ def _registry() -> Mapping[str, type]:
                 folder.mkdir(mode=0o700)
             nltk.data.path.insert(0, root)
             try:
-                tables, bundled = PunktParameters(), load_bundled("english")
-                for name in ("abbrev_types", "collocations", "sent_starters", "ortho_context"):
-                    setattr(tables, name, getattr(bundled, name))
-                save_punkt_params(tables, dir=str(folder))
+                save_punkt_params(load_bundled("english"), dir=str(folder))
                 from lm_eval.tasks.ifeval import instructions_registry, instructions_util
 
                 instructions_util.count_sentences("Read. Kept.")
@@ -115,24 +111,24 @@ def _registry() -> Mapping[str, type]:
             finally:
                 nltk.data.path.remove(root)
     except ImportError as error:
-        line = f"IFEval: package {error.name} is missing or old: pip install -e '.[eval]'"
-        raise CannotRun(line) from error
+        raise CannotRun(f"IFEval lacks {error.name}: pip install -e '.[eval]'") from error
     return instructions_registry.INSTRUCTION_DICT
 
 
 @contextmanager
 def _settled() -> Iterator[None]:
-    """Seed langdetect, and stop NLTK's clock (5 s a match: a busy machine would change scores)."""
-    from langdetect import DetectorFactory
+    """Seed langdetect, and stop NLTK's clock (5 s a match: a busy machine would raise)."""
+    from langdetect import DetectorFactory as Langdetect
     from nltk import redos
 
     log = logging.getLogger("lm_eval.tasks.ifeval.instructions")  # would print whole replies
-    before = DetectorFactory.seed, redos.DEFAULT_TIMEOUT, log.disabled
+    before, state = (Langdetect.seed, redos.DEFAULT_TIMEOUT, log.disabled), random.getstate()
     try:
-        DetectorFactory.seed, redos.DEFAULT_TIMEOUT, log.disabled = 0, None, True
+        Langdetect.seed, redos.DEFAULT_TIMEOUT, log.disabled = 0, None, True
         yield
     finally:
-        DetectorFactory.seed, redos.DEFAULT_TIMEOUT, log.disabled = before
+        Langdetect.seed, redos.DEFAULT_TIMEOUT, log.disabled = before
+        random.setstate(state)
 
 
 def _checkers(row: Mapping, number: int, registry: Mapping) -> list[tuple[str, Any]]:
@@ -149,24 +145,21 @@ def _checkers(row: Mapping, number: int, registry: Mapping) -> list[tuple[str, A
         try:
             known = {name: value for name, value in given.items() if value is not None}
             sign = known.get("letter", "")
-            if len(sign) == 1:  # any sign is counted as it is
-                checker.build_description(**known | {"letter": "a"})
+            checker.build_description(**known | ({"letter": "a"} if len(sign) == 1 else {}))
+            if len(sign) == 1:  # any sign is counted, not only a to z
                 checker._letter = sign.lower()
-            else:
-                checker.build_description(**known)
             for pattern in (*known.get("keywords", ()), *known.get("forbidden_words", ())):
                 re.compile(pattern)
-            checker.check_following("a")
-        except ROW_FAULTS as error:
+            checker.check_following(".")  # no letter: langdetect is slow on one
+        except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:
             raise InputError(f"{where}: {kind} with {given}: {error}") from error
         if random.getstate() != state:
-            random.setstate(state)
             raise InputError(f"{where}: {kind} lacks an argument, or one is out of range: {given}")
         pairs.append((kind, checker))
     return pairs
 
 
-def _follows(kind: str, checker: Any, text: str) -> bool:
+def _follows(text: str, kind: str, checker: Any) -> bool:
     matchable = re.sub(*CUTS[kind], text) if kind in CUTS else text
     try:
         return bool(text.strip() and checker.check_following(matchable))

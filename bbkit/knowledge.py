@@ -335,7 +335,7 @@ def _example(
 def questions(split: str, seed: int = 0, per_disease: int = 4) -> list[Example]:
     """Questions about the diseases of one split, at most `per_disease` of each, by seed.
 
-    Forms are drawn so that no disease with many symptoms outweighs the others. One disease in five
+    Forms are drawn so that no disease with many symptoms outweighs the others. One disease in ten
     is asked in short-answer form. No disease of one split is asked about in another.
 
     >>> row = questions("validation")[0]
@@ -345,7 +345,7 @@ def questions(split: str, seed: int = 0, per_disease: int = 4) -> list[Example]:
     rng = random.Random(f"{split}/{seed}")
     out = []
     for disease in diseases(split):
-        short = rng.random() < 0.2
+        short = rng.random() < 0.1
         drawn = _chains(disease, short, rng)
         # Rare values first: else "fever" is gold so often that always naming it wins.
         drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))

@@ -277,6 +277,18 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> Peft
         raise InputError(f"model.lora_targets: {_line(error)}") from error
 
 
+@contextlib.contextmanager
+def keep_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Build TRL trainers inside: they cast the LoRA weights of a 4-bit model to bfloat16.
+
+    A step of 1e-5 vanishes in that, and a T4 cannot compute in it. The weights come back bit-equal.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
+
+
 def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> PeftModel:
     """Put a saved adapter on a base model, or into the LoRA matrices that it already has.
 
@@ -307,7 +319,8 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> Peft
     if wrong:
         if fresh:
             wrapped.unload()
-        raise InputError(f"{file}: does not fit the model: {len(wrong)} differ, first {wrong[0]}")
+        what = f"{len(wrong)} entries do not fit this model or are not finite, first {wrong[0]}"
+        raise InputError(f"{file}: {what}; save the adapter anew")
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(saved[key])
@@ -323,7 +336,8 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # True asks the Hub
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": model.origin["name"], "inference_mode": True}
+    name = getattr(model, "origin", {}).get("name")
+    config |= {"base_model_name_or_path": name, "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ordered = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

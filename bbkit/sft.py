@@ -64,6 +64,10 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,
+        # NaN must reach `train.Recorder`: the default replaces it in the log by the last mean.
+        "logging_nan_inf_filter": False,
+        "auto_find_batch_size": False,
+        "torch_empty_cache_steps": None,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
@@ -88,6 +92,7 @@ def build(
         max_length=settings.model.max_length,
         completion_only_loss=True,
         packing=False,
+        padding_free=False,
         loss_type=section.loss_type,
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,

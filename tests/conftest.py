@@ -12,7 +12,5 @@ def data_dir() -> Path:
     folder = os.environ.get("BBKIT_DATA_DIR")
     path = Path(folder) if folder else Path(__file__).parents[2] / "shared" / "data"
     if not path.is_dir():
-        pytest.skip(
-            "no upstream data: set BBKIT_DATA_DIR to a folder laid out like data_cards/README.md says"
-        )
+        pytest.skip("no upstream data: set BBKIT_DATA_DIR, laid out as data_cards/README.md says")
     return path

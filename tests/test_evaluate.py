@@ -48,7 +48,7 @@ def test_the_interval_widens_with_clusters_and_covers_the_truth():
 
 
 def test_wilson_as_published():
-    """81 of 263: 0.2553 to 0.3662, Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    """81 of 263: 0.2553 to 0.3662; Newcombe, Stat Med 17 (1998), table I, method 3."""
     low, high = evaluate.interval([1.0] * 81 + [0.0] * 182, [str(i) for i in range(263)], 10)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 

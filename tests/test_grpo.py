@@ -32,7 +32,9 @@ def test_reward_functions_score_their_own_row_and_leave_out_what_does_not_apply(
     rows = [QUESTIONS[0], GENERAL[0]]
     functions = grpo.reward_functions(rows)
     assert [f.__name__ for f in functions] == ["domain", "reasoning", "format"]
-    replies = [[{"role": "assistant", "content": prompts.completion(e)}] for e in (rows[1], rows[0])]
+    replies = [
+        [{"role": "assistant", "content": prompts.completion(e)}] for e in (rows[1], rows[0])
+    ]
     got = [f(completions=replies, index=[1, 0], prompts=None) for f in functions]
     assert got == [[None, 1.0], [None, 1.0], [1.0, 1.0]]
 

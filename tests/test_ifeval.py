@@ -222,7 +222,7 @@ def test_an_argument_of_zero_counts():
             assert verdict(kind, "***" if "paragraphs" in kind else "a", **zero), kind
 
 
-def test_the_letters_of_a_drawn_argument_are_errors():
+def test_a_lacking_argument_is_an_error_not_drawn():
     for kind, (arguments, good, _) in KINDS.items():
         for name in arguments:
             rest = {key: value for key, value in arguments.items() if key != name}
@@ -282,21 +282,33 @@ def test_rows_and_replies_go_together():
     assert score_ifeval([], []) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text() | st.text("*-#[]<>\"'.,!? \n\t\r\0aPpS1{}:é病\ud800"))
 def test_no_reply_is_an_accident(reply):
     score = score_ifeval([EVERY], [reply])
-    assert score == score_ifeval([EVERY], [reply])
     assert all(
         loose >= strict for strict, loose in zip(score[0]["strict"], score[0]["loose"], strict=True)
     )
     assert reply.strip() or not any(score[0]["loose"])
 
 
-@pytest.mark.parametrize(
-    "unit",
-    ["[", "<", "a<<", "a\n", " \n", "\n", " ", "\0", "*", "word ", "病", "[[", "#", "\ud800"],
-)
+MEGABYTE = ["[", " ", "\0", "word ", "病"]
+LONG = [
+    "<",
+    "a<<",
+    "a\n",
+    " \n",
+    "*",
+    "[a",
+    "#",
+    "a. ",
+    "\ud800",
+    "\n*",
+    "\n-",
+]  # half a minute each
+
+
+@pytest.mark.parametrize("unit", MEGABYTE + [pytest.param(u, marks=pytest.mark.slow) for u in LONG])
 def test_a_reply_of_a_megabyte(unit):
     reply = "a" + unit * (2**20 // len(unit)) + "b"
     score = score_ifeval([EVERY], [reply])[0]

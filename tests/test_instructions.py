@@ -11,7 +11,7 @@ from bbkit.config import InputError
 from bbkit.instructions import KINDS, SEEN, UNSEEN, check, constrain, example, examples
 from bbkit.prompts import Example
 
-# The 25 of IFEval, by the part of their id behind the colon (google-research instruction_following_eval).
+# The 25 of IFEval (google-research), by the part of their id behind the colon.
 IFEVAL = """existence frequency forbidden_words letter_frequency response_language number_sentences
 number_paragraphs number_words nth_paragraph_first_word number_placeholders postscript
 number_bullet_lists constrained_response number_highlighted_sections multiple_sections json_format

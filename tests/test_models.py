@@ -1,5 +1,6 @@
 """The loader: sources, choices and their reasons, 4-bit gradients on a CPU, strict adapters."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -146,6 +147,19 @@ def test_load_gives_a_frozen_model_and_a_tokenizer_fit_to_train_and_generate(tin
     for start in ("backend transformers: ", "dtype ", "memory: ", "pad <|endoftext|>: "):
         assert sum(line.startswith(start) for line in said) == 1, said
     assert all("\n" not in line for line in said)
+
+
+@pytest.mark.skipif(not (models.POCKET / "config.json").is_file(), reason="not trained yet")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_pocket_model_loads_with_nothing_to_mend(quantization, closed):
+    said = []
+    model, tokenizer = models.load(Model(quantization=quantization), said.append)
+    assert model.origin["name"] == "pocket" and 1e6 < model.origin["parameters"] < 3e6
+    assert not any(line.startswith(("eos", "pad")) for line in said) and not closed
+    asked = tokenizer.apply_chat_template(
+        PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**asked, max_new_tokens=2).shape[1] <= asked["input_ids"].shape[1] + 2
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -512,7 +526,7 @@ def test_no_4_bit_layer_may_repack_its_weights(tiny, avx512_bf16):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mended", [True, False])
-@pytest.mark.filterwarnings("ignore:bitsandbytes::gemv_4bit")
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit")
 def test_lora_gradients_after_a_generation(tiny, avx512_bf16, mended, dtype):
     """Against a dequantised copy; without the mend they are wrong, so the check can fail."""
     setup = settings(tiny, quantization="nf4", dtype=dtype)
@@ -585,6 +599,24 @@ def test_lora_weights_are_float32_on_a_16_bit_base(tiny):
     assert kinds == {torch.bfloat16}
     assert {p.dtype for p in lora_of(model).values()} == {torch.float32}
     assert len(lora_of(model)) == 28
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_trainer_leaves_lora_weights_in_float32(tiny, tmp_path, kept):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    setup = settings(tiny, quantization="nf4")
+    base, tokenizer = models.load(setup, quiet)
+    model = randomize(models.add_lora(base, setup, 0))
+    before = lora_of(model)
+    config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_list([{"prompt": PROMPT, "completion": PROMPT}])
+    with models.keep_float32(model) if kept else contextlib.nullcontext():
+        SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    after = lora_of(model)
+    equal = all(torch.equal(before[k], after[k]) and after[k].dtype == torch.float32 for k in after)
+    assert equal == kept  # where this fails for False, TRL has ceased to cast: drop keep_float32
 
 
 def test_unknown_targets_are_bad_input(fresh, tiny):
@@ -677,6 +709,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_a_spoilt_adapter_is_one_clear_line_and_leaves_the_model_as_it_was(
     adapter, fresh, base, case

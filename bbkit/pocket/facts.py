@@ -47,7 +47,8 @@ _SAME = {
     "breathing problems": "breathlessness", "difficulty breathing": "breathlessness",
     "dyspnea": "breathlessness", "shortness of breath": "breathlessness", "seizures": "seizure",
     "convulsions": "seizure", "hemorrhage": "bleeding",
-    "coughing": "cough", "rhinorrhea": "runny nose", "pharynx inflammation": "sore throat", "pharyngitis": "sore throat",
+    "coughing": "cough", "rhinorrhea": "runny nose",
+    "pharynx inflammation": "sore throat", "pharyngitis": "sore throat",
     "headaches": "headache", "abdominal cramps": "abdominal cramp", "eschars": "eschar",
     "high fever": "fever", "sudden high fever": "fever", "itch": "itching", "pruritus": "itching",
     "muscular weakness": "muscle weakness", "liver inflammation": "hepatitis", "loss of vision":
@@ -67,7 +68,8 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9' \-]{2,38}")
 _VAGUE = {
     "Bacteria", "Fungi", "Viruses", "Ascomycota fungi", "human body",
     "Microsporidia phylum members",
-    "foot along", "brain of horses", "swelling symptom", "inflammation", "pain", "acute pain", "lesion",
+    "foot along", "brain of horses", "swelling symptom", "inflammation", "pain",
+    "acute pain", "lesion",
 }  # fmt: skip
 
 
@@ -94,11 +96,11 @@ def derive(folder: Path) -> list[tuple[str, str, str, str]]:
     infectious = set()
     for name in ("DO_infectious_disease_slim.obo", "DO_rare_slim.obo"):
         for term in (folder / name).read_text(encoding="utf-8").split("[Term]")[1:]:
-            doid, label = (re.search(p, term, re.M) for p in (r"^id: (\S+)", r"^name: (.*)"))
+            head = re.search(r"^id: (\S+)\nname: (.*)", term, re.M)
             text = re.search(r'^def: "(.*?)" \[', term, re.M)
-            if not doid or not label or not text or "is_obsolete: true" in term:
+            if not head or not text or "is_obsolete: true" in term:
                 continue
-            key = (doid.group(1), label.group(1))
+            key = (head.group(1), head.group(2))
             if "infectious" in name:
                 infectious.add(key)
             elif key in infectious:
@@ -124,7 +126,7 @@ def derive(folder: Path) -> list[tuple[str, str, str, str]]:
     counts = Counter((r, o) for own in clean.values() for r, os in own.items() for o in os)
     rows = set()
     kinds: dict[str, set[str]] = defaultdict(set)
-    doid_of = {}
+    doid_of: dict[str, str] = {}
     for (doid, label), own in clean.items():
         for relation, values in own.items():
             # A symptom or site that one disease alone has cannot be a sibling's distractor.
@@ -179,7 +181,7 @@ def _kind(label: str, parents: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=derive.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Derive facts.tsv from the Disease Ontology.")
     parser.add_argument("folder", type=Path, help="folder with the Disease Ontology files")
     rows = derive(parser.parse_args().folder)
     target = Path(__file__).with_name("facts.tsv")

@@ -1,0 +1,108 @@
+"""What a trainer tells the run folder: metrics, samples, whole checkpoints, and a progress bar.
+
+Serves no claim by itself. Both trainers get this one callback; it also decides from where a stage
+goes on, and how it ends when a person or the scheduler of a cluster stops it.
+"""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from bbkit import record
+from bbkit.config import Settings, Unhealthy
+
+# TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
+LEFT_OUT = ("epoch", "num_tokens")
+
+
+class Recorder(TrainerCallback):
+    """Trainer callback: metrics and samples into the run folder, whole checkpoints, a progress bar.
+
+    SIGINT and SIGTERM end training after the step in hand, with a checkpoint; `train` then raises
+    KeyboardInterrupt. A loss or gradient that is not finite raises Unhealthy.
+    """
+
+    def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
+        self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
+        self.stop, self.seconds = False, 0.0
+        self.trainer: Any = None
+        self.bar: Any = None
+
+    def train(self, trainer) -> None:
+        """Train, from the newest whole checkpoint of the stage if there is one."""
+        folder = self.run.folder / self.stage
+        checkpoint = record.latest_checkpoint(folder)
+        start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if checkpoint:
+            print(f"{self.stage}: going on from step {start}")
+        self.run.truncate(self.stage, start)
+        self.trainer = trainer
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        began = time.perf_counter()
+        try:
+            bar = tqdm(total=self.steps, initial=start, desc=self.stage, file=sys.stdout)
+            with bar as self.bar, record.guarded(folder):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+        self.seconds = time.perf_counter() - began
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def _stop(self, *_) -> None:
+        self.stop = True
+
+    def on_step_end(self, args, state, control, **_):
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+        self.bar.update(1)
+        return control
+
+    def on_save(self, args, state, control, **_):
+        record.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        logs = logs or {}
+        if "loss" not in logs:
+            return  # the summary at the end of training
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(key, 0.0))):
+                raise Unhealthy(
+                    f"{self.stage} step {state.global_step}: {key} is {logs[key]}; the last "
+                    f"checkpoint is kept, lower {self.stage}.learning_rate and start a new run"
+                )
+        row: dict[str, Any] = {
+            _key(k): float(v) for k, v in logs.items() if k not in LEFT_OUT and _is_number(v)
+        }
+        if self.stage == "grpo":
+            row["gradient_engine"] = "trl"
+        self.run.log(self.stage, state.global_step, row)
+        shown = {k.partition("/")[2]: f"{v:.2f}" for k, v in row.items() if k.startswith("reward/")}
+        self.bar.set_postfix(shown or {"loss": f"{row['loss']:.2f}"})
+        for sample in getattr(self.trainer, "last_samples", [])[
+            : self.settings.run.samples_per_log
+        ]:
+            self.run.sample(self.stage, state.global_step, sample)
+
+
+def _key(name: str) -> str:
+    """TRL's metric names as the run folder's contract has them."""
+    if name.startswith("rewards/"):
+        _, capability, kind = name.split("/")
+        return f"reward/{capability}" if kind == "mean" else f"reward_spread/{capability}"
+    return {"step_time": "seconds/step"}.get(name, name)
+
+
+def _is_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
