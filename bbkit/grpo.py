@@ -78,6 +78,8 @@ def build(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    from bbkit.models import keep_float32
+
     class Trainer(GRPOTrainer):
         """TRL's trainer that also logs each reward's in-group spread and the unparsed share."""
 
@@ -133,11 +135,12 @@ def build(
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
     )
-    return Trainer(
-        model=model,
-        reward_funcs=reward_functions(order),
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+    with keep_float32(model):
+        return Trainer(
+            model=model,
+            reward_funcs=reward_functions(order),
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )

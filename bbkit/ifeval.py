@@ -25,7 +25,7 @@ CUTS = {
     "detectable_content:number_placeholders": (r"(?m)(^|\])[^\]\n]*$", r"\1"),  # after the last ]
     "detectable_format:title": (r"(?m)(^|>>)(?:(?!>>).)*$", r"\1"),  # after a line's last >>
     "detectable_content:postscript": (r"\s{3,}", "  "),
-    "detectable_format:number_bullet_lists": (r"(\n[^\S\n]*\n)\s*(?=\n)", r"\1"),  # inner newlines
+    "detectable_format:number_bullet_lists": (r"(\n[^\S\n]*\n)\s+", r"\1"),  # third newline on
 }
 
 

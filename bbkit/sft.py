@@ -84,6 +84,8 @@ def build(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from bbkit.models import keep_float32
+
     section = settings.sft
     config = SFTConfig(
         **arguments(section, settings, folder),
@@ -97,10 +99,11 @@ def build(
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
     )
-    return SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows(examples)),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+    with keep_float32(model):
+        return SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows(examples)),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )

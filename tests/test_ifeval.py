@@ -282,6 +282,17 @@ def test_rows_and_replies_go_together():
     assert score_ifeval([], []) == []
 
 
+def test_langdetect_is_seeded():
+    unsure = ["no la de", "si no me", "an de in", "o que la casa", "je de la no", "on i det"]
+    rows = [row("language:response_language", language="es")] * len(unsure)
+    first = score_ifeval(rows, unsure)
+    assert all(score_ifeval(rows, unsure) == first for _ in range(9))
+
+
+def test_json_nested_too_deep_is_no_json():
+    assert not verdict("detectable_format:json_format", "[" * 10**5 + "]" * 10**5)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text() | st.text("*-#[]<>\"'.,!? \n\t\r\0aPpS1{}:é病\ud800"))
 def test_no_reply_is_an_accident(reply):
@@ -294,6 +305,7 @@ def test_no_reply_is_an_accident(reply):
 
 MEGABYTE = ["[", " ", "\0", "word ", "病"]
 LONG = [
+    "\n",
     "<",
     "a<<",
     "a\n",
@@ -315,14 +327,25 @@ def test_a_reply_of_a_megabyte(unit):
     assert score["strict"][list(KINDS).index("punctuation:no_comma")] is True
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.sampled_from(sorted(ifeval.CUTS)), st.text("*-[]<>pPsS. a\n\t\r\x1f", max_size=40))
-def test_cuts_leave_verdicts_as_they_are(kind, reply):
-    checker = ifeval._registry()[kind](kind)
-    checker.build_description(**KINDS[kind][0])
-    assert checker.check_following(re.sub(*ifeval.CUTS[kind], reply)) == checker.check_following(
-        reply
-    )
+PIECES = {  # what the checker looks for, and what stands between
+    "detectable_content:number_placeholders": ["[", "]", "\n", "a"],
+    "detectable_format:title": ["<", ">", "\n", " ", "a"],
+    "detectable_content:postscript": ["p.", "P.S", "s", " ", "\n"],
+    "detectable_format:number_bullet_lists": ["*", "-", "\n", " ", "a"],
+}
+
+
+@pytest.mark.parametrize("kind", ifeval.CUTS)
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_cuts_leave_verdicts_as_they_are(kind, data):
+    reply = "".join(data.draw(st.lists(st.sampled_from(PIECES[kind]), max_size=14)))
+    arguments, cut = KINDS[kind][0], re.sub(*ifeval.CUTS[kind], reply)
+    for count in range(5):
+        checker = ifeval._registry()[kind](kind)
+        numbers = {name: count for name, value in arguments.items() if type(value) is int}
+        checker.build_description(**arguments | numbers)
+        assert checker.check_following(cut) == checker.check_following(reply)
 
 
 def test_the_process_is_left_as_it_was():

@@ -92,11 +92,11 @@ def _about(subject: str, own: list, rng: random.Random, most: int = 4) -> str:
 def _plain(
     s: str, r: str, o: str, pools: dict[str, list[str]], rng: random.Random
 ) -> tuple[str, str]:
-    """A plain question and its reply in a sentence; one in four names values to choose from."""
+    """A plain question and its reply in a sentence; four in ten name values to choose from."""
     if r == "cause" and rng.random() < 0.3:
         return rng.choice(INVERSE).format(o=o), knowledge.state((s, r, o), inverse=True)
     user = rng.choice(OPENINGS) + rng.choice(PLAIN[r]).format(s=s)
-    if rng.random() < 0.25:
+    if rng.random() < 0.4:
         right = {f[2] for f in knowledge.facts() if f[:2] == (s, r)}
         others = rng.sample([v for v in pools[r] if v not in right], 2)
         values = rng.sample([o, *others], 3)
@@ -208,7 +208,7 @@ def _batches(tokenizer, seed: int, batch: int, length: int):
 def main() -> None:
     """Build the pocket model; prints loss and tokens per second."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=160)
