@@ -11,7 +11,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from bbkit import ifeval, instructions, knowledge, prompts, rewards
+from bbkit import instructions, knowledge, prompts, rewards
+from bbkit.ifeval import final_answer, score_ifeval
 from bbkit.prompts import Example
 
 MEASURES = (
@@ -164,8 +165,8 @@ def ifeval_items(examples: Sequence[Example], replies: Sequence[str]) -> list[di
         }
         for e in examples
     ]
-    raw = ifeval.score_ifeval(rows, replies)
-    final = ifeval.score_ifeval(rows, [ifeval.final_answer(r) for r in replies])
+    raw = score_ifeval(rows, replies)
+    final = score_ifeval(rows, [final_answer(r) for r in replies])
     out = []
     for e, reply, whole, answer in zip(examples, replies, raw, final, strict=True):
         scores = {
