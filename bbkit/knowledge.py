@@ -302,7 +302,9 @@ def _example(
         right = [k for a in _index()[disease]["cause"] for k in _index()[a].get("kind", ())]
         pool = _pool("kind", rng)
     else:
-        right = _index()[disease][relation]
+        # The ontology has "lujo" and "Lujo hemorrhagic fever" as two terms: what is true of either.
+        same = [s for s in _index() if s.casefold() == disease.casefold()]
+        right = [o for s in same for o in _index()[s].get(relation, ())]
         pool = _siblings(relation, disease, rng)
     if short:
         synonyms = tuple(r for r in right if r != gold)
