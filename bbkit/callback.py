@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from bbkit import record
+from bbkit import files, record
 from bbkit.config import Settings, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
@@ -37,7 +37,7 @@ class Recorder(TrainerCallback):
     def train(self, trainer) -> None:
         """Train, from the newest whole checkpoint of the stage if there is one."""
         folder = self.run.folder / self.stage
-        checkpoint = record.latest_checkpoint(folder)
+        checkpoint = files.latest_checkpoint(folder)
         start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if checkpoint:
             print(f"{self.stage}: going on from step {start}")
@@ -47,7 +47,7 @@ class Recorder(TrainerCallback):
         began = time.perf_counter()
         try:
             bar = tqdm(total=self.steps, initial=start, desc=self.stage, file=sys.stdout)
-            with bar as self.bar, record.guarded(folder):
+            with bar as self.bar, files.guarded(folder):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             for s, handler in before.items():
@@ -66,7 +66,7 @@ class Recorder(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **_):
-        record.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args, state, control, logs=None, **_):
         logs = logs or {}

@@ -127,6 +127,7 @@ class Evaluation:
     batch_size: Count = 64
     max_new_tokens: Count = 48
     ifeval: Whole = 0
+    ifeval_tokens: Count = 512
     bootstrap: Count = 2000
     split: Literal["validation", "test"] = "test"
 

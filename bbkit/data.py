@@ -22,7 +22,11 @@ from bbkit.layouts import fields, normal, parse
 from bbkit.prompts import Example
 
 # Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
-GENERATED = {"ontology": ("knowledge", "questions"), "constraints": ("instructions", "examples")}
+GENERATED = {
+    "ontology": ("knowledge", "questions"),
+    "ontology_chains": ("knowledge", "chain_questions"),
+    "constraints": ("instructions", "examples"),
+}
 log = logging.getLogger(__name__)
 
 

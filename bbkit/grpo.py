@@ -78,7 +78,7 @@ def build(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from bbkit.models import keep_float32
+    from bbkit.adapters import keep_float32
 
     class Trainer(GRPOTrainer):
         """TRL's trainer that also logs each reward's in-group spread and the unparsed share."""

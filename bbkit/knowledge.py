@@ -10,8 +10,8 @@ import hashlib
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -178,6 +178,7 @@ def diseases(split: str) -> list[str]:
     return chosen
 
 
+@lru_cache(maxsize=20_000)
 def _grams(text: str) -> set[str]:
     folded = re.sub(r"[^a-z]", "", text.lower())
     return {folded[i : i + 3] for i in range(len(folded) - 2)}
@@ -205,20 +206,30 @@ def _clash(a: str, b: str) -> bool:
 
 
 def _options(
-    gold: str, right: Sequence[str], pool: Sequence[str], near: str, rng: random.Random
+    gold: str,
+    right: Sequence[str],
+    pool: Sequence[str],
+    near: str,
+    often: Mapping[str, int],
+    rng: random.Random,
 ) -> tuple[str, ...] | None:
-    """Gold and three distractors, none of them right, at least one as like the name as gold is.
+    """Gold and three distractors, none right; mostly one as like the name and one as frequent.
 
     `pool` is ordered siblings first; None when no fair set exists (the question is dropped).
     """
     usable = [o for o in pool if not any(_clash(o, r) for r in (*right, gold))]
     picked: list[str] = []
-    bait = [o for o in usable if likeness(o, near) >= likeness(gold, near)]
-    # Guess-by-name scored 82 % on cause questions before this rule: gold resembles the disease.
-    if likeness(gold, near) > 0 and rng.random() < 0.8:
-        if not bait:
-            return None
-        picked.append(rng.choice(bait[:12]))
+    # Guess-by-name scored 82 % on cause questions before the first of these rules (gold resembles
+    # the disease), always naming the most frequent option 57 % on two hops before the second.
+    like = likeness(gold, near)
+    alike = [o for o in usable if likeness(o, near) >= like > 0]
+    usual = [o for o in usable if often.get(o, 0) >= often.get(gold, 0)]
+    for bait, wanted in ((alike, like > 0), (usual, often.get(gold, 0) > 1)):
+        if wanted and rng.random() < 0.8 and not set(bait) & set(picked):
+            fair = [o for o in bait[:12] if not any(_clash(o, p) for p in picked)]
+            if not fair:
+                return None
+            picked.append(rng.choice(fair))
     for o in usable[:12] if rng.random() < 0.5 else rng.sample(usable, min(12, len(usable))):
         if len(picked) == 3:
             break
@@ -255,7 +266,7 @@ def _siblings(relation: str, subject: str, rng: random.Random) -> list[str]:
     return sorted(_pool(relation, rng), key=lambda o: o not in near)
 
 
-def _chains(
+def chains(
     disease: str, short: bool, rng: random.Random
 ) -> list[tuple[str, str, str, list[Fact], list[bool]]]:
     """(form, question, gold, chain, inverse flags) of every question that the facts allow."""
@@ -313,7 +324,8 @@ def _example(
     else:
         if form == "kind" and len(set(right)) > 1:
             return None
-        picked = _options(gold, right, pool, question, rng)
+        often = {} if form == "clinical" else _counts(relation)
+        picked = _options(gold, right, pool, question, often, rng)
         if picked is None:
             return None
         options = picked
@@ -337,9 +349,8 @@ def _example(
 def questions(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
     """Questions about the diseases of one split, at most `per_disease` of each, by seed.
 
-    By default 12 for training, 4 elsewhere. Forms are drawn so that no disease with many symptoms
-    outweighs the others. One disease in ten
-    is asked in short-answer form. No disease of one split is asked about in another.
+    By default 12 for training, 4 elsewhere. One disease in ten is asked in short-answer form. No
+    disease of one split is asked about in another.
 
     >>> row = questions("validation")[0]
     >>> row.answer in row.options or row.task == "short"
@@ -350,15 +361,40 @@ def questions(split: str, seed: int = 0, per_disease: int | None = None) -> list
     out = []
     for disease in diseases(split):
         short = rng.random() < 0.1
-        drawn = _chains(disease, short, rng)
-        # Rare values first: else "fever" is gold so often that always naming it wins.
-        drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))
-        forms: dict[str, int] = defaultdict(int)
-        ranked = []
-        for d in drawn:
-            forms[d[0]] += 1
-            ranked.append((forms[d[0]], d))
-        ranked.sort(key=lambda x: x[0])
-        rows = (_example(disease, d, short, split, rng) for _, d in ranked)
-        out += list(islice((row for row in rows if row is not None), most))
+        out += _drawn(disease, chains(disease, short, rng), short, split, most, rng)
     return out
+
+
+def chain_questions(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
+    """Multiple-choice questions of two hops, at most `per_disease` of each disease, by seed.
+
+    By default 12 for training, 8 elsewhere. Left out are those whose linking organism names the
+    answer ("What kind of organism causes West Nile fever?").
+
+    >>> {(row.task, len(row.steps)) for row in chain_questions("validation")}
+    {('choice', 2)}
+    """
+    rng = random.Random(f"{split}/{seed}/chains")
+    most = per_disease or (12 if split == "train" else 8)
+    out = []
+    for disease in diseases(split):
+        two = [d for d in chains(disease, False, rng) if len(d[3]) == 2]
+        drawn = [d for d in two if d[2].casefold() not in d[3][0][2].casefold()]
+        out += _drawn(disease, drawn, False, split, most, rng)
+    return out
+
+
+def _drawn(
+    disease: str, drawn: list, short: bool, split: str, most: int, rng: random.Random
+) -> list[Example]:
+    """At most `most` of a disease's questions; each form in turn, or symptoms would outweigh."""
+    # Rare values first: else "fever" is gold so often that always naming it wins.
+    drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))
+    forms: dict[str, int] = defaultdict(int)
+    ranked = []
+    for d in drawn:
+        forms[d[0]] += 1
+        ranked.append((forms[d[0]], d))
+    ranked.sort(key=lambda x: x[0])
+    rows = (_example(disease, d, short, split, rng) for _, d in ranked)
+    return list(islice((row for row in rows if row is not None), most))

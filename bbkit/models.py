@@ -1,4 +1,4 @@
-"""Base model, tokenizer and LoRA adapter, through one loader.
+"""Base model and tokenizer, through one loader; bbkit.adapters puts LoRA on it.
 
 Serves every claim: QLoRA on NF4 weights, by unsloth on CUDA and by transformers, peft and
 bitsandbytes elsewhere, the CPU included. The paper names neither loader nor quantisation.
@@ -19,14 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
-from bbkit import record
+from bbkit import files
 from bbkit.config import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
-    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from bbkit.config import Model as ModelSettings
@@ -35,7 +33,6 @@ Say = Callable[[str], Any]
 POCKET = Path(__file__).parent / "pocket"
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a Hub model; no pickles
 PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")
-ADAPTER = "adapter_model.safetensors"
 CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
 
 
@@ -51,7 +48,7 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     config, sizes = _measure(settings, dtype, offline)
     _check_memory(settings, sizes, device, say)
     path = locate(settings.name, settings.revision, offline)
-    with _reading(settings.name):
+    with reading(settings.name):
         _refuse_pickles(path)
         if backend == "unsloth":
             from unsloth import FastLanguageModel
@@ -92,7 +89,7 @@ def choose_backend(settings: ModelSettings, say: Say = print) -> str:
         try:
             importlib.import_module("unsloth")
         except Exception as error:  # missing, or at odds with the stack in any of many ways
-            obstacle = f"unsloth does not import ({_line(error)}); pip install -e '.[gpu]'"
+            obstacle = f"unsloth does not import ({one_line(error)}); pip install -e '.[gpu]'"
     if settings.backend == "unsloth" and obstacle:
         raise CannotRun(f"model.backend unsloth: {obstacle}; or set model.backend: transformers")
     name = "transformers" if settings.backend == "transformers" or obstacle else "unsloth"
@@ -137,19 +134,6 @@ def unsloth_arguments(settings: ModelSettings, path: Path, dtype: torch.dtype) -
     }
 
 
-def unsloth_lora_arguments(settings: ModelSettings, lora: LoraConfig, seed: int) -> dict[str, Any]:
-    """Arguments of unsloth's get_peft_model for the adapter that `lora` describes."""
-    targets = lora.target_modules
-    return {
-        **{"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout},
-        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
-        "bias": "none",
-        "use_gradient_checkpointing": "unsloth" if settings.gradient_checkpointing else False,
-        "max_seq_length": settings.max_length,
-        "random_state": seed,
-    }
-
-
 def locate(
     name: str, revision: str = "", offline: bool = False, files: tuple[str, ...] = FILES
 ) -> Path:
@@ -182,7 +166,7 @@ def locate(
     except (OSError, ValueError, HTTPError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise CannotRun(f"model {name}: the disk is full; make room for it") from error
-        closed, why = offline or hub.constants.HF_HUB_OFFLINE, _line(error)
+        closed, why = offline or hub.constants.HF_HUB_OFFLINE, one_line(error)
         if isinstance(error, hub.errors.LocalEntryNotFoundError):
             why = "not cached, and " + ("this run is offline" if closed else "no way to the Hub")
         mend = f"run `hf download {name}` first, or set model.name to a folder or .gguf file"
@@ -259,128 +243,6 @@ def protect_4bit(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
-    """Wrap the base model in fresh LoRA matrices (B is 0), the same for the same seed."""
-    from peft import LoraConfig
-
-    every = "all-linear" in settings.lora_targets
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # any number serves
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if every else list(settings.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return _wrap(model, lora, seed)
-    except ValueError as error:
-        raise InputError(f"model.lora_targets: {_line(error)}") from error
-
-
-@contextlib.contextmanager
-def keep_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Build TRL trainers inside: they cast the LoRA weights of a 4-bit model to bfloat16.
-
-    A step of 1e-5 vanishes in that, and a T4 cannot compute in it. The weights come back bit-equal.
-    """
-    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
-    yield
-    for parameter, data in kept:
-        parameter.data = data
-
-
-def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> PeftModel:
-    """Put a saved adapter on a base model, or into the LoRA matrices that it already has.
-
-    Strict, since PEFT is not: each tensor of the file has its place and each place is filled, or
-    InputError names the file. `with model.disable_adapter():` gives the base model back.
-    """
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-
-    file = Path(folder) / ADAPTER
-    if not file.is_file() or not file.with_name("adapter_config.json").is_file():
-        raise InputError(f"{folder}: no adapter here ({ADAPTER} and adapter_config.json)")
-    fresh = not isinstance(model, PeftModel)
-    try:
-        lora = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(lora, LoraConfig):
-            raise TypeError("not a LoRA adapter")
-        lora.base_model_name_or_path = None
-        saved = safetensors.torch.load_file(file)
-        wrapped = _wrap(model, lora, seed=0) if fresh else model
-        places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        own = wrapped.peft_config["default"]
-    except Exception as error:  # whatever bad JSON, wrong types or a cut file bring about
-        raise InputError(f"{file}: corrupt adapter or configuration: {_line(error)}") from error
-    wrong = sorted(saved.keys() ^ places.keys())
-    wrong = wrong or [k for k, v in saved.items() if v.shape != places[k].shape]
-    wrong = wrong or [k for k, v in saved.items() if not v.isfinite().all()]
-    wrong = wrong or [k for k in ("r", "lora_alpha") if getattr(lora, k) != getattr(own, k)]
-    if wrong:
-        if fresh:
-            wrapped.unload()
-        what = f"{len(wrong)} entries do not fit this model or are not finite, first {wrong[0]}"
-        raise InputError(f"{file}: {what}; save the adapter anew")
-    with torch.no_grad():
-        for key, place in places.items():
-            place.copy_(saved[key])
-    for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_(trainable and ".lora_" in name)
-    return wrapped
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Write the adapter (safetensors and adapter_config.json, as PEFT reads them), whole or not."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # True asks the Hub
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    config = model.peft_config["default"].to_dict()
-    name = getattr(model, "origin", {}).get("name")
-    config |= {"base_model_name_or_path": name, "inference_mode": True}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ordered = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    record.write_json(folder / "adapter_config.json", ordered)
-    record.write_bytes(folder / ADAPTER, safetensors.torch.save(tensors, {"format": "pt"}))
-    return folder
-
-
-def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    weights: dict[str, torch.Tensor] = {}
-    for path, module in base.named_modules():
-        place = path.removesuffix(".base_layer")
-        for key, value in module.named_parameters(recurse=False):
-            if ".lora_" not in path:
-                weights[f"{place}.{key}"] = _unpacked(value).detach().to(dtype, copy=True)
-    for path, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weights[f"{path}.weight"] += module.get_delta_weight("default").detach()
-    with _reading("to merge"):
-        return _rebuild(base, weights, dtype, base.device)
-
-
-def _wrap(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    settings: Any = getattr(model, "bbkit_settings", None)
-    if getattr(model, "origin", {}).get("backend") == "unsloth":
-        from unsloth import FastLanguageModel
-
-        arguments = unsloth_lora_arguments(settings, lora, seed)
-        wrapped = FastLanguageModel.get_peft_model(model, **arguments)
-    else:
-        from peft import get_peft_model
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(model, lora)  # LoRA in float32, whatever the base
-        if settings and settings.gradient_checkpointing:
-            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
-    protect_4bit(wrapped)
-    return wrapped
-
-
 def _from_transformers(
     settings: ModelSettings, config: Any, path: Path, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -398,19 +260,19 @@ def _from_transformers(
     # In two steps: transformers can neither quantise nor save what it has read from a gguf file.
     options["quantization_config"] = GgufConfig(dequantize=True)
     model = _complete(AutoModelForCausalLM.from_pretrained(source, **options))
-    return _rebuild(model, model.state_dict(), dtype, device, quantization)
+    return rebuild(model, model.state_dict(), dtype, device, quantization)
 
 
 def _refuse_pickles(path: Path) -> None:
     index = path / "model.safetensors.index.json"
-    files = [file.name for file in path.glob("*.safetensors")]
+    names = [file.name for file in path.glob("*.safetensors")]
     if index.is_file():
-        files = list(record.read_json(index)["weight_map"].values())
-    if path.is_dir() and not (files and all(name.endswith(".safetensors") for name in files)):
+        names = list(files.read_json(index)["weight_map"].values())
+    if path.is_dir() and not (names and all(name.endswith(".safetensors") for name in names)):
         raise ValueError(f"no safetensors weights in {path}, and pickled ones are never read")
 
 
-def _rebuild(
+def rebuild(
     model: Any, weights: Any, dtype: torch.dtype, device: torch.device, quantization: Any = None
 ) -> PreTrainedModel:
     """A new model of the same class and configuration, with these weights."""
@@ -439,7 +301,7 @@ def _source(path: Path) -> tuple[Path, dict[str, Any]]:
 def _measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple[Any, dict]:
     """Configuration and sizes of a model, before its weights are fetched."""
     path = locate(settings.name, settings.revision, offline, ("config.json",))
-    with _reading(settings.name):
+    with reading(settings.name):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder, options = _source(path)
@@ -476,20 +338,12 @@ def _check_memory(settings: ModelSettings, sizes: dict, device: torch.device, sa
     say(f"memory: {line} of {free / 1e9:,.2f} GB free, activations not counted")
 
 
-def _unpacked(weight: Any) -> torch.Tensor:
-    if getattr(weight, "quant_state", None) is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, weight.quant_state)
-
-
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Errors of the libraries in one line each, and no progress bars or reports of theirs."""
     from transformers.utils import logging
 
@@ -501,9 +355,9 @@ def _reading(name: str) -> Iterator[None]:
     except (InputError, CannotRun):
         raise
     except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        raise CannotRun(f"model {name}: {_line(error)}") from error
+        raise CannotRun(f"model {name}: {one_line(error)}") from error
     except Exception as error:  # a spoilt file makes them raise anything, struct.error included
-        raise InputError(f"model {name}: {_line(error)}") from error
+        raise InputError(f"model {name}: {one_line(error)}") from error
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bbkit.record import read_json, read_rows, write_bytes
+from bbkit.files import read_json, read_rows, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -84,7 +84,7 @@ def build(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from bbkit.models import keep_float32
+    from bbkit.adapters import keep_float32
 
     section = settings.sft
     config = SFTConfig(

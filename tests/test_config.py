@@ -60,9 +60,10 @@ def test_precedence(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("grpo:\n  prompts: 16\n  steps: 7\n")
     assert load().grpo.learning_rate == Settings().grpo.learning_rate
-    assert load("pocket").grpo.learning_rate == 3e-4
+    preset = load("pocket").grpo
+    assert preset.learning_rate != Settings().grpo.learning_rate
     grpo = load("pocket", file, ["grpo.steps=9", "grpo.steps=10"]).grpo
-    assert (grpo.learning_rate, grpo.prompts, grpo.steps) == (3e-4, 16, 10)
+    assert (grpo.learning_rate, grpo.prompts, grpo.steps) == (preset.learning_rate, 16, 10)
 
 
 @pytest.mark.parametrize(

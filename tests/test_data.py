@@ -21,7 +21,7 @@ from bbkit.config import CannotRun, InputError
 
 CARDS = Path(__file__).parents[1] / "data_cards"
 NAMES = ["constraints", "general_instructions", "ifeval", "medmcqa", "medqa", "mmlu_medical"]
-NAMES += ["ontology", "pubmedqa"]
+NAMES += ["ontology", "ontology_chains", "pubmedqa"]
 SUBJECTS = {
     "anatomy": 135,
     "clinical_knowledge": 265,

@@ -11,7 +11,8 @@ from matplotlib.colors import to_hex
 
 from bbkit import plots
 from bbkit.config import load, to_dict
-from bbkit.record import Run, write_json
+from bbkit.files import write_json
+from bbkit.record import Run
 
 MEASURES = {  # base, SFT, GRPO
     "domain": (0.0, 0.61, 0.69),
@@ -36,7 +37,8 @@ def fake_run(folder: Path, stages=("base", "sft", "grpo"), steps=80) -> Path:
     """A run folder as `bbkit.train` leaves it, with noise, Nones and awkward replies."""
     draw = random.Random(0)
     command = ["python", "-m", "bbkit.train", "--preset", "pocket"]
-    with Run(folder, to_dict(load("pocket")), command) as run:
+    settings = load("pocket", overrides=["sft.learning_rate=4e-3"])
+    with Run(folder, to_dict(settings), command) as run:
         for step in range(1, 101):
             run.log("sft", step, {"loss": 0.2 + 2 * math.exp(-step / 25) + draw.gauss(0, 0.05)})
         for step in range(1, steps + 1):

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bbkit import record
+from bbkit import files, record
 from bbkit.config import CannotRun, InputError, load, to_dict
-from bbkit.record import Run, latest_checkpoint, mark_complete, read_json, read_rows
+from bbkit.files import latest_checkpoint, mark_complete, read_json, read_rows
+from bbkit.record import Run
 
 SETTINGS = {"run": {"seed": 0}, "grpo": {"steps": 3}}
 COMMAND = ["python", "-m", "bbkit.train", "--set", "data.sft=[a, b]"]
@@ -50,9 +51,9 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    record.write_json(path, {"a": 0})
+    files.write_json(path, {"a": 0})
     os.link(path, tmp_path / "held")  # what a reader that holds the old file sees
-    record.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     assert (read_json(tmp_path / "held"), read_json(path)) == ({"a": 0}, {"a": 1})
 
     def full(descriptor):
@@ -60,32 +61,32 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CannotRun, match=r"file\.json: the disk is full; make room"):
-        record.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert read_json(path) == {"a": 1} and not leftovers(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
-        record.write_bytes(tmp_path / "none" / "file", b"")
+        files.write_bytes(tmp_path / "none" / "file", b"")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), RuntimeError("No space left (28)")])
 def test_guarded_knows_a_full_disk_and_nothing_else(tmp_path, error):
-    with pytest.raises(CannotRun), record.guarded(tmp_path / "new" / "file"):
+    with pytest.raises(CannotRun), files.guarded(tmp_path / "new" / "file"):
         raise error
     for other in (RuntimeError("shape mismatch"), OSError(errno.ECONNRESET, "reset")):
-        with pytest.raises(type(other)), record.guarded(tmp_path):
+        with pytest.raises(type(other)), files.guarded(tmp_path):
             raise other
-    with pytest.raises(InputError, match="mine"), record.guarded(tmp_path):
+    with pytest.raises(InputError, match="mine"), files.guarded(tmp_path):
         raise InputError("mine: No space left")
 
 
 def test_guarded_looks_at_the_disk_where_a_library_does_not_say(tmp_path, monkeypatch):
     """torch.save on a full disk only says that a position is unexpected."""
-    with pytest.raises(RuntimeError), record.guarded(tmp_path):
+    with pytest.raises(RuntimeError), files.guarded(tmp_path):
         raise RuntimeError("unexpected pos 64 vs 0")
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(CannotRun, match="the disk is full"), record.guarded(tmp_path):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(CannotRun, match="the disk is full"), files.guarded(tmp_path):
         raise RuntimeError("unexpected pos 64 vs 0")
 
 
@@ -106,7 +107,7 @@ def test_a_full_disk_leaves_whole_files(tmp_path):
         assert len(rows) > 100 and text.endswith("}\n")
         assert read_json(run.folder / "run.json")["settings"] == SETTINGS
         with pytest.raises(CannotRun):
-            record.write_bytes(run.folder / "big", bytes(2**20))
+            files.write_bytes(run.folder / "big", bytes(2**20))
         assert not leftovers(tmp_path) and not (run.folder / "big").exists()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
@@ -116,7 +117,7 @@ def test_plain_makes_strict_json_of_numbers_that_are_none(tmp_path):
     import numpy as np
 
     found = {"a": float("nan"), "b": (np.float32(0.5), np.int64(2)), "c": [float("-inf")]}
-    record.write_json(tmp_path / "x.json", found | {"p": Path("a/b"), "d": np.array([1.0, np.nan])})
+    files.write_json(tmp_path / "x.json", found | {"p": Path("a/b"), "d": np.array([1.0, np.nan])})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "a": None,
         "b": [0.5, 2],
@@ -146,7 +147,7 @@ def test_rows_survive_being_cut_anywhere(tmp_path_factory, rows, data):
     path.write_bytes(whole[:cut])
     assert read_rows(path) == [json.loads(x) for x in whole[:cut].split(b"\n")[:-1]]
     if cut == len(whole):
-        assert [r["row"] for r in read_rows(path)] == record.plain(rows)
+        assert [r["row"] for r in read_rows(path)] == files.plain(rows)
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
@@ -199,7 +200,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     (nine / "weights").write_bytes(data)
     assert latest_checkpoint(tmp_path) == two
     assert "weights has changed" in capsys.readouterr().out
-    os.truncate(two / record.MARKER, 20)
+    os.truncate(two / files.MARKER, 20)
     assert latest_checkpoint(tmp_path) is None
     mark_complete(two)
     assert latest_checkpoint(tmp_path) == two
@@ -334,7 +335,8 @@ def test_two_processes_cannot_write_the_same_folder(tmp_path):
 
 def test_kill_9_at_any_moment_leaves_a_run_that_resumes(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from bbkit.record import Run, mark_complete\n"
+        "import sys; from pathlib import Path\n"
+        "from bbkit.files import mark_complete; from bbkit.record import Run\n"
         "run = Run(Path(sys.argv[1]), {'a': 1}, ['x'])\n"
         "for step in range(10**6):\n"
         "    run.log('grpo', step, {'text': 'y' * 5000})\n"

@@ -1,0 +1,170 @@
+"""The LoRA adapter: put on, saved, loaded back, and merged into a plain copy of the base.
+
+Serves every claim: base and tuned model are one set of frozen weights with the adapter off or on.
+LoRA weights are float32 whatever the base, and files are read strictly, since PEFT does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+
+from bbkit import files
+from bbkit.config import InputError
+from bbkit.models import one_line, protect_4bit, reading, rebuild
+
+if TYPE_CHECKING:  # at run time unsloth has to be imported before these
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from bbkit.config import Model as ModelSettings
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
+    """Wrap the base model in fresh LoRA matrices (B is 0), the same for the same seed."""
+    from peft import LoraConfig
+
+    every = "all-linear" in settings.lora_targets
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # any number serves
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if every else list(settings.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return _wrap(model, lora, seed)
+    except ValueError as error:
+        raise InputError(f"model.lora_targets: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def keep_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Build TRL trainers inside: they cast the LoRA weights of a 4-bit model to bfloat16.
+
+    A step of 1e-5 vanishes in that, and a T4 cannot compute in it. The weights come back bit-equal.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
+
+
+def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> PeftModel:
+    """Put a saved adapter on a base model, or into the LoRA matrices that it already has.
+
+    Strict, since PEFT is not: each tensor of the file has its place and each place is filled, or
+    InputError names the file. `with model.disable_adapter():` gives the base model back.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    file = Path(folder) / ADAPTER
+    if not file.is_file() or not file.with_name("adapter_config.json").is_file():
+        raise InputError(f"{folder}: no adapter here ({ADAPTER} and adapter_config.json)")
+    fresh = not isinstance(model, PeftModel)
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(lora, LoraConfig):
+            raise TypeError("not a LoRA adapter")
+        lora.base_model_name_or_path = None
+        saved = safetensors.torch.load_file(file)
+        wrapped = _wrap(model, lora, seed=0) if fresh else model
+        places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        own = wrapped.peft_config["default"]
+    except Exception as error:  # whatever bad JSON, wrong types or a cut file bring about
+        raise InputError(f"{file}: corrupt adapter or configuration: {one_line(error)}") from error
+    wrong = sorted(saved.keys() ^ places.keys())
+    wrong = wrong or [k for k, v in saved.items() if v.shape != places[k].shape]
+    wrong = wrong or [k for k, v in saved.items() if not v.isfinite().all()]
+    wrong = wrong or [k for k in ("r", "lora_alpha") if getattr(lora, k) != getattr(own, k)]
+    if wrong:
+        if fresh:
+            wrapped.unload()
+        what = f"{len(wrong)} entries do not fit this model or are not finite, first {wrong[0]}"
+        raise InputError(f"{file}: {what}; save the adapter anew")
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(saved[key])
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_(trainable and ".lora_" in name)
+    return wrapped
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> Path:
+    """Write the adapter (safetensors and adapter_config.json, as PEFT reads them), whole or not."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # True asks the Hub
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    config = model.peft_config["default"].to_dict()
+    name = getattr(model, "origin", {}).get("name")
+    config |= {"base_model_name_or_path": name, "inference_mode": True}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    files.write_json(folder / "adapter_config.json", ordered)
+    files.write_bytes(folder / ADAPTER, safetensors.torch.save(tensors, {"format": "pt"}))
+    return folder
+
+
+def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights: dict[str, torch.Tensor] = {}
+    for path, module in base.named_modules():
+        place = path.removesuffix(".base_layer")
+        for key, value in module.named_parameters(recurse=False):
+            if ".lora_" not in path:
+                weights[f"{place}.{key}"] = _unpacked(value).detach().to(dtype, copy=True)
+    for path, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{path}.weight"] += module.get_delta_weight("default").detach()
+    with reading("to merge"):
+        return rebuild(base, weights, dtype, base.device)
+
+
+def unsloth_lora_arguments(settings: ModelSettings, lora: LoraConfig, seed: int) -> dict[str, Any]:
+    """Arguments of unsloth's get_peft_model for the adapter that `lora` describes."""
+    targets = lora.target_modules
+    return {
+        **{"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout},
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+        "bias": "none",
+        "use_gradient_checkpointing": "unsloth" if settings.gradient_checkpointing else False,
+        "max_seq_length": settings.max_length,
+        "random_state": seed,
+    }
+
+
+def _wrap(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    settings: Any = getattr(model, "bbkit_settings", None)
+    if getattr(model, "origin", {}).get("backend") == "unsloth":
+        from unsloth import FastLanguageModel
+
+        arguments = unsloth_lora_arguments(settings, lora, seed)
+        wrapped = FastLanguageModel.get_peft_model(model, **arguments)
+    else:
+        from peft import get_peft_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, lora)  # LoRA in float32, whatever the base
+        if settings and settings.gradient_checkpointing:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    protect_4bit(wrapped)
+    return wrapped
+
+
+def _unpacked(weight: Any) -> torch.Tensor:
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)

@@ -1,0 +1,141 @@
+"""Files of a run folder, each whole or not at all, and whole checkpoints told from torn ones.
+
+Serves no claim by itself. After kill -9 a torn last line is dropped, and a checkpoint whose
+completeness marker is missing or does not fit its files is skipped.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bbkit.config import CannotRun, InputError, Unhealthy
+
+MARKER = "complete.json"
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: tuples, arrays and tensors as lists, paths as text, NaN and inf as None.
+
+    >>> plain({"loss": float("nan"), "shape": (2, 3)})
+    {'loss': None, 'shape': [2, 3]}
+    """
+    if hasattr(value, "tolist"):  # numpy and torch, scalars included
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Turn a full disk under `path`, however a library words it, into CannotRun with one line."""
+    try:
+        yield
+    except (InputError, CannotRun, Unhealthy):
+        raise
+    except Exception as error:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "No space left" in str(error)  # safetensors; torch.save: "unexpected pos"
+        if full or shutil.disk_usage(there).free < 2**16:
+            raise CannotRun(f"{path}: the disk is full; make room or use another --out") from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename.
+
+    Raises CannotRun (disk full) or InputError (no such folder, not allowed); leaves nothing behind.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with guarded(path):
+            with open(temp, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror}); use another --out") from error
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as readable JSON, whole or not at all; see `plain` for what becomes of NaN."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode(errors="replace"))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError naming it when it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, [] without a file; a torn last line is dropped, others raise."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not valid JSON; the file was damaged") from error
+    return rows
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the marker of a whole checkpoint, last of all: every file's size and sha256."""
+    files = sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER)
+    sums = {f.relative_to(checkpoint).as_posix(): [f.stat().st_size, _sha256(f)] for f in files}
+    write_json(checkpoint / MARKER, sums)
+
+
+def broken(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be used, or "" when it is whole."""
+    if not (checkpoint / MARKER).exists():
+        return "not finished (no completeness marker)"
+    try:
+        files = read_json(checkpoint / MARKER)
+    except InputError as error:
+        return str(error)
+    for name, (size, digest) in files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or truncated"
+        if _sha256(file) != digest:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole `checkpoint-N` in a folder, or None; prints why newer ones are skipped."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
+    whole = sorted((p for p in steps if steps[p].isdigit()), key=lambda p: -int(steps[p]))
+    for checkpoint in whole:
+        if not (reason := broken(checkpoint)):
+            return checkpoint
+        print(f"skipping {checkpoint}: {reason}")
+    return None
