@@ -135,9 +135,9 @@ def unsloth_arguments(settings: ModelSettings, path: Path, dtype: torch.dtype) -
 
 
 def locate(
-    name: str, revision: str = "", offline: bool = False, files: tuple[str, ...] = FILES
+    name: str, revision: str = "", offline: bool = False, wanted: tuple[str, ...] = FILES
 ) -> Path:
-    """Folder or .gguf file of "pocket", a path, or a Hub id, whose `files` are fetched or cached.
+    """Folder or .gguf file of "pocket", a path, or a Hub id, whose `wanted` files are fetched.
 
     >>> locate("./nowhere")
     Traceback (most recent call last):
@@ -159,10 +159,10 @@ def locate(
     from httpx import HTTPError
 
     # besides pickles, what is left out are the same weights in other formats
-    wanted: dict[str, Any] = {"revision": revision or None, "local_files_only": offline}
-    wanted |= {"allow_patterns": list(files), "ignore_patterns": ["*/*", "consolidated*"]}
+    options: dict[str, Any] = {"revision": revision or None, "local_files_only": offline}
+    options |= {"allow_patterns": list(wanted), "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        return Path(hub.snapshot_download(name, **wanted))
+        return Path(hub.snapshot_download(name, **options))
     except (OSError, ValueError, HTTPError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise CannotRun(f"model {name}: the disk is full; make room for it") from error
