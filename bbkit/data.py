@@ -23,8 +23,8 @@ from bbkit.prompts import Example
 
 # Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
 GENERATED = {
-    "ontology": ("knowledge", "questions"),
-    "ontology_chains": ("knowledge", "chain_questions"),
+    "ontology": ("questions", "ontology"),
+    "ontology_chains": ("questions", "ontology_chains"),
     "constraints": ("instructions", "examples"),
 }
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from bbkit import instructions, knowledge, prompts, rewards
+from bbkit import instructions, prompts, questions, rewards
 from bbkit.ifeval import final_answer, score_ifeval
 from bbkit.prompts import Example
 
@@ -225,6 +225,17 @@ def difference(
     return out
 
 
+def changes(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dict[str, dict]:
+    """`difference` between the stages that there are item rows of, as {"sft-base": ...}.
+
+    >>> changes({"base": [], "sft": []})
+    {'sft-base': {}}
+    """
+    pairs = (("base", "sft"), ("sft", "grpo"), ("base", "grpo"))
+    known = [(a, b) for a, b in pairs if {a, b} <= set(rows)]
+    return {f"{b}-{a}": difference(rows[a], rows[b], draws) for a, b in known}
+
+
 def baselines(
     train: Sequence[Example], held_out: Sequence[Example], draws: int = 2000
 ) -> dict[str, dict]:
@@ -238,7 +249,7 @@ def baselines(
         return {}
     rng = random.Random(0)
     guesses = {
-        "guess_by_name": knowledge.guess_by_name,
+        "guess_by_name": questions.guess_by_name,
         "majority": lambda e: max(e.options, key=lambda o: (often[o], o)),
         "chance": lambda e: rng.choice(e.options),
     }

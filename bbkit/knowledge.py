@@ -1,22 +1,16 @@
-"""Knowledge-grounded questions with a checkable chain: the paper's MKGSG, our reading.
+"""The fact table of the Disease Ontology, facts as sentences, and the split by disease.
 
-Facts of the Disease Ontology (CC0) become questions of one and two hops whose gold chain a program
-can verify: multiple choice with sibling distractors, short answer, and a clinical form (finding ->
-cause -> disease). The paper names "ontology validation" without saying how; here a question with
-two right answers, or one that its wording gives away, is not generated. Splits are by disease.
+What the kit's questions are made from and their chains are checked against (see `questions`): the
+paper names "ontology validation" without saying how. A sentence of a chain is true here when the
+shipped table, derived from the ontology (CC0), states it.
 """
 
 import hashlib
-import random
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
-from itertools import islice
+from functools import cache
 from pathlib import Path
 
 from bbkit.config import InputError
-from bbkit.prompts import Example
 
 FACTS = Path(__file__).parent / "pocket" / "facts.tsv"
 SPLITS = ("train", "validation", "test")
@@ -40,29 +34,6 @@ _MARKS = [
     (" is a ", "kind", False),
     (" causes ", "cause", True),
 ]
-
-_ONE_HOP = {
-    "cause": ("What causes {s}?", "Which organism causes {s}?"),
-    "transmission": ("How is {s} transmitted?", "What transmits {s}?"),
-    "symptom": ("Which symptom does {s} have?", "Which of these is a symptom of {s}?"),
-    "site": ("Which part of the body does {s} affect?", "Where in the body is {s}?"),
-}
-_KIND = ("What kind of organism causes {s}?", "{s} is caused by what kind of organism?")
-_VIA_AGENT = {
-    "symptom": (
-        "Which symptom can {a} lead to?",
-        "A patient is infected with {a}. Which symptom fits?",
-    ),
-    "transmission": (
-        "How does {a} reach a patient?",
-        "What transmits the disease that {a} causes?",
-    ),
-    "site": ("Which part of the body can {a} harm?", "Where does the disease that {a} causes sit?"),
-}
-_CLINICAL = (
-    "A patient has {f}. Tests find {a}. Which disease is it?",
-    "Findings: {f}; {a} in culture. What is the diagnosis?",
-)
 
 
 def state(fact: Fact, inverse: bool = False) -> str:
@@ -132,7 +103,7 @@ def _folded() -> frozenset:
 
 
 @cache
-def _index() -> dict[str, dict[str, list[str]]]:
+def index() -> dict[str, dict[str, list[str]]]:
     """subject -> relation -> objects."""
     index: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for s, r, o in facts():
@@ -141,7 +112,7 @@ def _index() -> dict[str, dict[str, list[str]]]:
 
 
 @cache
-def _having() -> dict[tuple[str, str], list[str]]:
+def having() -> dict[tuple[str, str], list[str]]:
     """(relation, object) -> the subjects of which the ontology states it."""
     inverse: dict[tuple[str, str], list[str]] = defaultdict(list)
     for s, r, o in facts():
@@ -166,7 +137,7 @@ def diseases(split: str) -> list[str]:
             s = group[s]
         return s
 
-    for (relation, _), members in _having().items():
+    for (relation, _), members in having().items():
         for other in members[1:] if relation == "cause" else ():
             a, b = sorted((root(members[0]), root(other)))
             group[b] = a
@@ -176,225 +147,3 @@ def diseases(split: str) -> list[str]:
         if split == ("train" if share < 0.60 else "validation" if share < 0.75 else "test"):
             chosen.append(s)
     return chosen
-
-
-@lru_cache(maxsize=20_000)
-def _grams(text: str) -> set[str]:
-    folded = re.sub(r"[^a-z]", "", text.lower())
-    return {folded[i : i + 3] for i in range(len(folded) - 2)}
-
-
-def likeness(a: str, b: str) -> float:
-    """Share of letter trigrams that two names have in common (Jaccard), for guess-by-name.
-
-    >>> likeness("cholera", "Vibrio cholerae") > likeness("cholera", "Lassa virus")
-    True
-    """
-    x, y = _grams(a), _grams(b)
-    return len(x & y) / max(1, len(x | y))
-
-
-def guess_by_name(example: Example) -> str:
-    """Baseline without knowledge: the option that looks most like the question's wording."""
-    return max(example.options, key=lambda o: (likeness(o, example.question), o))
-
-
-def _clash(a: str, b: str) -> bool:
-    """Two options of which one contains the other are no clean alternatives."""
-    x, y = a.casefold(), b.casefold()
-    return x in y or y in x
-
-
-def _options(
-    gold: str,
-    right: Sequence[str],
-    pool: Sequence[str],
-    near: str,
-    often: Mapping[str, int],
-    rng: random.Random,
-) -> tuple[str, ...] | None:
-    """Gold and three distractors, none right; mostly one as like the name and one as frequent.
-
-    `pool` is ordered siblings first; None when no fair set exists (the question is dropped).
-    """
-    usable = [o for o in pool if not any(_clash(o, r) for r in (*right, gold))]
-    picked: list[str] = []
-    # Guess-by-name scored 82 % on cause questions before the first of these rules (gold resembles
-    # the disease), always naming the most frequent option 57 % on two hops before the second.
-    like = likeness(gold, near)
-    alike = [o for o in usable if likeness(o, near) >= like > 0]
-    usual = [o for o in usable if often.get(o, 0) >= often.get(gold, 0)]
-    for bait, wanted in ((alike, like > 0), (usual, often.get(gold, 0) > 1)):
-        if wanted and rng.random() < 0.8 and not set(bait) & set(picked):
-            fair = [o for o in bait[:12] if not any(_clash(o, p) for p in picked)]
-            if not fair:
-                return None
-            picked.append(rng.choice(fair))
-    for o in usable[:12] if rng.random() < 0.5 else rng.sample(usable, min(12, len(usable))):
-        if len(picked) == 3:
-            break
-        if not any(_clash(o, p) for p in picked):
-            picked.append(o)
-    if len(picked) < 3:
-        return None
-    options = [gold, *picked]
-    rng.shuffle(options)
-    return tuple(options)
-
-
-@cache
-def _counts(relation: str) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for _, r, o in sorted(facts()):
-        if r == relation:
-            counts[o] += 1
-    return counts
-
-
-def _pool(relation: str, rng: random.Random) -> list[str]:
-    """All objects of a relation in a random order that favours the frequent ones.
-
-    Uniform distractors would let "always fever" win: a frequent value is more often gold.
-    """
-    return sorted(_counts(relation), key=lambda o: -(rng.random() ** (1 / _counts(relation)[o])))
-
-
-def _siblings(relation: str, subject: str, rng: random.Random) -> list[str]:
-    """All objects of a relation; first those of diseases that share another fact with this one."""
-    own = [(r, o) for r, os in _index()[subject].items() for o in os if r != relation]
-    near = {o for pair in own for kin in _having()[pair] for o in _index()[kin].get(relation, ())}
-    return sorted(_pool(relation, rng), key=lambda o: o not in near)
-
-
-def chains(
-    disease: str, short: bool, rng: random.Random
-) -> list[tuple[str, str, str, list[Fact], list[bool]]]:
-    """(form, question, gold, chain, inverse flags) of every question that the facts allow."""
-    own = _index()[disease]
-    out = []
-    for relation, templates in _ONE_HOP.items():
-        for gold in own.get(relation, ()):
-            # "Which of these" needs options to point at.
-            template = templates[0] if short else rng.choice(templates)
-            question = template.format(s=disease)
-            out.append((relation, question, gold, [(disease, relation, gold)], [False]))
-    for agent in own.get("cause", ()):
-        for kind in _index()[agent].get("kind", ()):
-            chain = [(disease, "cause", agent), (agent, "kind", kind)]
-            out.append(("kind", rng.choice(_KIND).format(s=disease), kind, chain, [False, False]))
-        if len(_having()["cause", agent]) > 1:
-            continue  # the organism must point at one disease
-        for relation, templates in _VIA_AGENT.items():
-            for gold in own.get(relation, ()):
-                chain = [(disease, "cause", agent), (disease, relation, gold)]
-                question = rng.choice(templates).format(a=agent)
-                out.append((f"agent_{relation}", question, gold, chain, [True, False]))
-        for finding in own.get("symptom", ()):
-            chain = [(disease, "cause", agent), (disease, "symptom", finding)]
-            question = rng.choice(_CLINICAL).format(f=finding, a=agent)
-            out.append(("clinical", question, disease, chain, [True, False]))
-    return out
-
-
-def _example(
-    disease: str, drawn: tuple, short: bool, split: str, rng: random.Random
-) -> Example | None:
-    form, question, gold, chain, inverse = drawn
-    relation = form.removeprefix("agent_")
-    options: tuple[str, ...] = ()
-    synonyms: tuple[str, ...] = ()
-    if form == "clinical":
-        right: Sequence[str] = [disease]
-        pool = [s for s in _index() if "cause" in _index()[s] and s != disease]
-        rng.shuffle(pool)
-        finding = chain[1][2]
-        pool.sort(key=lambda s: finding not in _index()[s].get("symptom", ()))
-    elif form == "kind":
-        right = [k for a in _index()[disease]["cause"] for k in _index()[a].get("kind", ())]
-        pool = _pool("kind", rng)
-    else:
-        # The ontology has "lujo" and "Lujo hemorrhagic fever" as two terms: what is true of either.
-        same = [s for s in _index() if s.casefold() == disease.casefold()]
-        right = [o for s in same for o in _index()[s].get(relation, ())]
-        pool = _siblings(relation, disease, rng)
-    if short:
-        synonyms = tuple(r for r in right if r != gold)
-        if synonyms and form == "kind":
-            return None
-    else:
-        if form == "kind" and len(set(right)) > 1:
-            return None
-        often = {} if form == "clinical" else _counts(relation)
-        picked = _options(gold, right, pool, question, often, rng)
-        if picked is None:
-            return None
-        options = picked
-    reasoning = " ".join(state(f, i) for f, i in zip(chain, inverse, strict=True))
-    key = f"{question}|{'|'.join(options)}"
-    return Example(
-        id=f"{facts()[chain[0]]}/{form}/{hashlib.sha256(key.encode()).hexdigest()[:8]}",
-        task="short" if short else "choice",
-        question=question,
-        options=options,
-        answer=gold,
-        synonyms=synonyms,
-        reasoning=reasoning,
-        steps=tuple(chain),
-        entity=facts()[chain[0]],
-        source="ontology",
-        split=split,
-    )
-
-
-def questions(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
-    """Questions about the diseases of one split, at most `per_disease` of each, by seed.
-
-    By default 12 for training, 4 elsewhere. One disease in ten is asked in short-answer form. No
-    disease of one split is asked about in another.
-
-    >>> row = questions("validation")[0]
-    >>> row.answer in row.options or row.task == "short"
-    True
-    """
-    rng = random.Random(f"{split}/{seed}")
-    most = per_disease or (12 if split == "train" else 4)
-    out = []
-    for disease in diseases(split):
-        short = rng.random() < 0.1
-        out += _drawn(disease, chains(disease, short, rng), short, split, most, rng)
-    return out
-
-
-def chain_questions(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
-    """Multiple-choice questions of two hops, at most `per_disease` of each disease, by seed.
-
-    By default 12 for training, 8 elsewhere. Left out are those whose linking organism names the
-    answer ("What kind of organism causes West Nile fever?").
-
-    >>> {(row.task, len(row.steps)) for row in chain_questions("validation")}
-    {('choice', 2)}
-    """
-    rng = random.Random(f"{split}/{seed}/chains")
-    most = per_disease or (12 if split == "train" else 8)
-    out = []
-    for disease in diseases(split):
-        two = [d for d in chains(disease, False, rng) if len(d[3]) == 2]
-        drawn = [d for d in two if d[2].casefold() not in d[3][0][2].casefold()]
-        out += _drawn(disease, drawn, False, split, most, rng)
-    return out
-
-
-def _drawn(
-    disease: str, drawn: list, short: bool, split: str, most: int, rng: random.Random
-) -> list[Example]:
-    """At most `most` of a disease's questions; each form in turn, or symptoms would outweigh."""
-    # Rare values first: else "fever" is gold so often that always naming it wins.
-    drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))
-    forms: dict[str, int] = defaultdict(int)
-    ranked = []
-    for d in drawn:
-        forms[d[0]] += 1
-        ranked.append((forms[d[0]], d))
-    ranked.sort(key=lambda x: x[0])
-    rows = (_example(disease, d, short, split, rng) for _, d in ranked)
-    return list(islice((row for row in rows if row is not None), most))

@@ -160,7 +160,7 @@ def execute(
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
     import torch
 
-    from bbkit import adapters, data, grpo, models, plots, prompts, sft
+    from bbkit import adapters, data, grpo, models, prompts, report, sft
     from bbkit.callback import Recorder
 
     if settings.run.threads:
@@ -205,7 +205,7 @@ def execute(
             run.done(stage, seconds=hooks.seconds, peak_gib=_peak_gib())
         evaluate_stage(stage)
     adapters.save_adapter(model, run.folder / "adapter")
-    print(f"report: {plots.write_report(run.folder)}")
+    print(f"report: {report.write(run.folder)}")
 
 
 def _peak_gib() -> float:
@@ -243,14 +243,8 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     run.evaluation(stage, evaluate.summary(found, section.bootstrap))
     if stage == "base":
         run.evaluation("baseline", evaluate.baselines(rows["sft"], held_out, section.bootstrap))
-    changes = {}
-    for earlier, later in (("base", "sft"), ("sft", "grpo"), ("base", "grpo")):
-        paths = [folder / f"{s}.jsonl" for s in (earlier, later)]
-        if all(p.exists() for p in paths):
-            changes[f"{later}-{earlier}"] = evaluate.difference(
-                files.read_rows(paths[0]), files.read_rows(paths[1]), section.bootstrap
-            )
-    run.evaluation("difference", changes)
+    written = {path.stem: files.read_rows(path) for path in folder.glob("*.jsonl")}
+    run.evaluation("difference", evaluate.changes(written, section.bootstrap))
     step = 0 if stage == "base" else getattr(settings, stage).steps
     for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:
         shown = {

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from bbkit import evaluate, instructions, knowledge, prompts
+from bbkit import evaluate, instructions, prompts, questions
 from bbkit.prompts import Example
 
-ROWS = knowledge.questions("validation")[:40] + instructions.examples("validation", per_kind=2)
+ROWS = questions.ontology("validation")[:40] + instructions.examples("validation", per_kind=2)
 
 
 def test_gold_replies_score_full_and_empty_ones_nothing():
@@ -65,7 +65,7 @@ def test_differences_are_paired_and_signed():
 
 
 def test_baselines_know_nothing_and_say_so():
-    train = knowledge.questions("train")
+    train = questions.ontology("train")
     found = evaluate.baselines(train, [e for e in ROWS if e.task != "instruction"], 100)
     assert set(found) == {"guess_by_name", "majority", "chance"}
     assert all(v["value"] < 0.7 for v in found.values())

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bbkit import config, grpo, instructions, knowledge, prompts, sft
+from bbkit import config, grpo, instructions, prompts, questions, sft
 
-QUESTIONS = knowledge.questions("validation")[:10]
+QUESTIONS = questions.ontology("validation")[:10]
 GENERAL = instructions.examples("train", per_kind=1, kinds=instructions.SEEN)[:4]
 
 

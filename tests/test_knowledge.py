@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from bbkit import evaluate, knowledge
+from bbkit import evaluate, knowledge, questions
 from bbkit.config import InputError
 from bbkit.pocket import facts as recipe
 
@@ -14,7 +14,7 @@ SPLITS = knowledge.SPLITS
 
 @pytest.fixture(scope="module")
 def rows():
-    return {split: knowledge.questions(split) for split in SPLITS}
+    return {split: questions.ontology(split) for split in SPLITS}
 
 
 def test_every_fact_survives_the_round_trip_through_its_sentence():
@@ -63,7 +63,7 @@ def test_no_disease_is_asked_about_in_two_splits(rows):
 
 
 def test_chain_questions_need_both_facts():
-    asked = {s: knowledge.chain_questions(s) for s in SPLITS}
+    asked = {s: questions.ontology_chains(s) for s in SPLITS}
     for row in (r for s in SPLITS for r in asked[s]):
         assert row.task == "choice" and len(row.steps) == 2
         assert row.answer.casefold() not in row.steps[0][2].casefold(), "the link gives it away"
@@ -71,10 +71,10 @@ def test_chain_questions_need_both_facts():
     named = {s: {fact[0] for r in asked[s] for fact in r.steps[:1]} for s in SPLITS}
     assert not named["train"] & named["test"] and not named["validation"] & named["test"]
     assert len(asked["test"]) > 150 and len(named["test"]) > 35
-    assert knowledge.chain_questions("test") == asked["test"]
+    assert questions.ontology_chains("test") == asked["test"]
 
 
-@pytest.mark.parametrize("make", [knowledge.questions, knowledge.chain_questions])
+@pytest.mark.parametrize("make", [questions.ontology, questions.ontology_chains])
 def test_always_naming_the_usual_answer_does_not_pay(make):
     found = evaluate.baselines(make("train"), make("test"), draws=10)
     assert all(found[name]["value"] < 0.34 for name in ("majority", "guess_by_name")), found
@@ -95,10 +95,10 @@ def test_both_forms_one_and_two_hops_and_the_clinical_form_occur(rows):
 
 
 def test_questions_repeat_by_seed():
-    assert knowledge.questions("validation", 3) == knowledge.questions("validation", 3)
-    assert knowledge.questions("validation", 3) != knowledge.questions("validation", 4)
+    assert questions.ontology("validation", 3) == questions.ontology("validation", 3)
+    assert questions.ontology("validation", 3) != questions.ontology("validation", 4)
     with pytest.raises(InputError, match="no split 'dev'"):
-        knowledge.questions("dev")
+        questions.ontology("dev")
 
 
 def test_statements_reads_what_is_no_fact_without_raising():

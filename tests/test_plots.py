@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
-from bbkit import plots
+from bbkit import plots, report
 from bbkit.config import load, to_dict
 from bbkit.files import write_json
 from bbkit.record import Run
@@ -82,7 +82,7 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(run_folder):
-    return plots.write_report(run_folder).read_text()
+    return report.write(run_folder).read_text()
 
 
 def test_report_has_every_figure_and_number(text, run_folder):
@@ -143,7 +143,7 @@ def test_bars_have_the_heights_of_the_evaluation(run_folder):
 
 @pytest.mark.parametrize("stages", [(), ("base",), ("base", "sft")])
 def test_unfinished_runs_have_a_report_too(tmp_path, stages):
-    text = plots.write_report(fake_run(tmp_path, stages, steps=0)).read_text()
+    text = report.write(fake_run(tmp_path, stages, steps=0)).read_text()
     assert "rewards.png" not in text
     assert ("Not evaluated yet" in text) == (not stages)
     assert ("Alignment tax" in text) == (len(stages) > 1)
@@ -159,7 +159,7 @@ def test_odd_evaluations_do_not_stop_the_report(tmp_path):
     sample = {"stage": "grpo", "step": 1, "kind": "train", "prompt": "Why?", "reply": "So."}
     line = json.dumps(sample | {"rewards": [1.0, None]}) + "\n"  # not by name: no scores shown
     (tmp_path / "samples.jsonl").write_text(line)
-    text = plots.write_report(tmp_path).read_text()
+    text = report.write(tmp_path).read_text()
     assert "**GRPO** ()" in text and "So." in text
     assert "| ifeval_strict | 3 | 50.0 |" in text
     assert "reasoning validity" not in text

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from bbkit import instructions, knowledge
+from bbkit import instructions, knowledge, questions
 from bbkit.prompts import SYSTEM
 
 PARAPHRASES = {
@@ -75,13 +75,19 @@ SYSTEMS = (
     "You help a doctor.", "Say what you know.", "Give the reply and nothing else.",
     "Tags such as <answer></answer> or <reasoning></reasoning> may be asked for.",
 )  # fmt: skip
+# System turns that decide how a reply opens. Without them every fine-tuned reply, whatever was
+# asked, opened as the questions of fine-tuning did: 78 points of instruction following were lost.
+WRAPS = (
+    "Reply in <{tag}></{tag}>.", "Put the reply in <{tag}></{tag}>.", "Write in <{tag}></{tag}>.",
+    "Give all of it in <{tag}></{tag}>.", "Use <{tag}></{tag}> around the reply.",
+)  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 # One token each, so that the grammar costs a small model four tokens and not fourteen. The base
-# meets them only as tags that an instruction asks for, one at a time, never as the grammar.
+# meets them only as tags that an instruction or a system turn asks for, one at a time, never both.
 GRAMMAR_TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
@@ -178,7 +184,14 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
             user, reply = _echo(names, rng)
         else:
             user, reply = _instruction(rng)
-        system = f"<|system|>{rng.choice(SYSTEMS)}<|end|>" if rng.random() < 0.4 else ""
+        system, draw = "", rng.random()
+        if draw < 0.2:
+            tag = rng.choice((*instructions.TAGS, "reasoning", "answer"))
+            system = rng.choice(WRAPS).format(tag=tag)
+            reply = f"<{tag}>{reply}</{tag}>"
+        elif draw < 0.5:
+            system = rng.choice(SYSTEMS)
+        system = system and f"<|system|>{system}<|end|>"
         yield [(f"{system}<|user|>{user}<|end|><|assistant|>", False), (f"{reply}<|end|>", True)]
 
 
@@ -196,7 +209,7 @@ def train_tokenizer(seed: int, vocabulary: int):
     texts = [t.replace("<|end|>", "\n") for t in texts] + [SYSTEM] * 200
     rng = random.Random(seed)
     # The wording of training questions only shapes merges; their answers are not in the text.
-    asked = [c[1] for s in knowledge.diseases("train") for c in knowledge.chains(s, False, rng)]
+    asked = [c[1] for s in knowledge.diseases("train") for c in questions.chains(s, False, rng)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(GRAMMAR_TAGS), special_tokens=SPECIAL, initial_alphabet=alphabet

@@ -1,0 +1,181 @@
+"""The report of a run, report.md in its folder, which a person reads first.
+
+Written from the folder alone, so that it can be written again, on an unfinished run too.
+`python -m bbkit.report RUN [RUN ...]` does that, and prints the results of several runs, seeds of
+one set-up, as one table.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bbkit import config
+from bbkit.config import InputError
+from bbkit.files import read_json, read_rows, write_bytes
+from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
+
+
+def write(folder: Path) -> Path:
+    """Draw the figures and write report.md, which a person reads first; works on unfinished runs.
+
+    Reads run.json, metrics.jsonl, samples.jsonl and evaluation.json; gives the report's path.
+    """
+    manifest, results = read_json(folder / "run.json"), results_of(folder)
+    settings = manifest["settings"]
+    parts = [f"# Run of {settings['model']['name']}", *_headline(results)]
+    parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
+    parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl")), "## What ran"]
+    parts += ["\n".join(f"- {name}: {value}" for name, value in _facts(manifest).items())]
+    parts += ["## Run it again", f"```\n{manifest['command']}\n```"]
+    write_bytes(folder / "report.md", ("\n\n".join(parts) + "\n").encode(errors="replace"))
+    return folder / "report.md"
+
+
+def _headline(results: Mapping[str, Measures]) -> list[str]:
+    """The table of results, the baselines and the tax in words."""
+    stages = [s for s in STAGES if s in results]
+    if not stages:
+        return ["Not evaluated yet."]
+    steps = [(a, b) for a, b in (("base", "sft"), ("sft", "grpo")) if {a, b} <= set(stages)]
+    names = [m for m in NAMES if any(m in results[s] for s in stages)]
+    names += sorted({m for s in stages for m in results[s]} - set(names))
+    head = ["measure (%)", "n", *(STAGES[s] for s in stages)]
+    head += [f"{STAGES[b]} − {STAGES[a]} (points)" for a, b in steps]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in names:
+        cells = [NAMES.get(name, name), count_of(results, name)]
+        cells += [_cell(results[s].get(name)) for s in stages]
+        cells += [_change(results, a, b, name) for a, b in steps]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = ["Held-out prompts only; brackets are 95 % intervals, bold changes exclude 0."]
+    known = [(BASELINES[k], v) for k, v in results.get("baseline", {}).items() if k in BASELINES]
+    if known:
+        notes.append(
+            "Domain accuracy without any model: "
+            + "; ".join(f"{k} {_cell(v)}" for k, v in known)
+            + "."
+        )
+    for stage in stages[1:] if stages[0] == "base" else ():
+        for name in ("instruction", "instruction_unseen"):
+            if name in results["base"] and name in results[stage]:
+                lost = percent(results["base"][name])[0] - percent(results[stage][name])[0]
+                notes.append(
+                    f"Alignment tax after {STAGES[stage]}, {NAMES[name]}: {lost:.1f} points."
+                )
+    return ["\n".join(lines), "\n".join(f"- {note}" for note in notes)]
+
+
+def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:
+    """The change from stage a to b in points, with the paired interval where there is one."""
+    paired = results.get("difference", {}).get(f"{b}-{a}", {}).get(name)
+    if paired:
+        value, low, high = percent(paired)
+        text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return f"**{text}**" if low > 0 or high < 0 else text
+    if name in results[a] and name in results[b]:
+        return f"{percent(results[b][name])[0] - percent(results[a][name])[0]:+.1f}"
+    return ""
+
+
+def _cell(measure: Mapping[str, Any] | None) -> str:
+    if measure is None:
+        return ""
+    value, low, high = percent(measure)
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]" if measure.get("interval") else f"{value:.1f}"
+
+
+def _replies(rows: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
+    """The same held-out prompts through all stages; without these, the last training samples."""
+    stages: dict[str, list] = {}
+    for row in rows:
+        if row.get("kind") == "held-out":
+            stages.setdefault(row["prompt"], []).append(row)
+    for row in [] if stages else rows[-most:]:
+        stages.setdefault(row["prompt"], []).append(row)
+    parts = []
+    for prompt in sorted(stages, key=lambda p: -len(stages[p]))[:most]:
+        gold = stages[prompt][0].get("gold")
+        parts += ["**Prompt**", _fenced(prompt), *([f"gold: {gold}"] if gold else [])]
+        for row in stages[prompt]:
+            known = row["rewards"].items() if isinstance(row.get("rewards"), Mapping) else ()
+            scores = ", ".join(f"{k} {v:g}" for k, v in known if v is not None)
+            parts += [f"**{STAGES[row['stage']]}** ({scores})", _fenced(row["reply"])]
+    return parts or ["No samples were written."]
+
+
+def _fenced(text: str, most: int = 700) -> str:
+    text = text if len(text) <= most else f"{text[:most]} … ({len(text)} characters)"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What ran, by name; run.json has all of it."""
+    settings, hardware, git = manifest["settings"], manifest["hardware"], manifest["git"]
+    model, sft, grpo = settings["model"], settings["sft"], settings["grpo"]
+    minutes = {k: v["seconds"] / 60 for k, v in manifest["stages"].items() if "seconds" in v}
+    cpu = f"{hardware.get('cpu', 'CPU')}, {hardware['cores']} cores"
+    device = ", ".join(hardware.get("gpu", [cpu]))
+    base = model["dtype"] if model["quantization"] == "none" else model["quantization"]
+    groups = f"{grpo['prompts']} x {grpo['generations']} completions"
+    return {
+        "model": f"{model['name']} {model['revision']}",
+        "adapter": f"LoRA rank {model['lora_rank']}; base in {base}",
+        "data": "; ".join(f"{k} {', '.join(settings['data'][k])}" for k in ("sft", "grpo")),
+        "SFT": f"{sft['steps']} steps of {sft['batch_size']}, rate {sft['learning_rate']:g}",
+        "GRPO": f"{grpo['steps']} steps of {groups}, rate {grpo['learning_rate']:g}",
+        "minutes": ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) or "not known",
+        "device": f"{device}, {hardware.get('memory_gib', '?')} GiB memory, {hardware['system']}",
+        "seed": str(settings["run"]["seed"]),
+        "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+        "code": f"{git['commit'] or 'installed'}{', with local changes' if git['dirty'] else ''}",
+        "time": f"{manifest['start']} to {manifest['end'] or 'now'}, status {manifest['status']}",
+    }
+
+
+def pooled(folders: Sequence[Path]) -> dict[str, Any]:
+    """Results of several runs as of one, as in evaluation.json: measures and paired differences.
+
+    A disease, or a general prompt, is one cluster over all runs: seeds of the model do not make
+    more diseases. Raises InputError where settings other than run.seed differ, or nothing is there.
+    """
+    from bbkit import evaluate
+
+    rows: dict[str, list[dict]] = {}
+    first: dict[str, Any] = {}
+    for number, folder in enumerate(folders):
+        if not (folder / "run.json").exists():
+            raise InputError(f"{folder}: no run.json; name the folders of finished runs")
+        settings = config.leaves(read_json(folder / "run.json")["settings"])
+        settings.pop("run.seed")
+        first = first or settings
+        for key in (k for k in settings if settings[k] != first.get(k)):
+            raise InputError(f"{folder}: {key} differs from {folders[0]}; pool seeds of one set-up")
+        for path in sorted((folder / "evaluation").glob("*.jsonl")):
+            # `source` keeps the runs apart where before and after are paired.
+            found = [r | {"source": f"{r['source']} {number}"} for r in read_rows(path)]
+            rows.setdefault(path.stem, []).extend(found)
+    results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
+    return results | {"difference": evaluate.changes(rows)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the reports again; prints the path of one, or the pooled table of several runs."""
+    parser = argparse.ArgumentParser(prog="python -m bbkit.report", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    folders = parser.parse_args(argv).runs
+    try:
+        together = pooled(folders)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    paths = [write(folder) for folder in folders]
+    print("\n\n".join(_headline(together)) if len(folders) > 1 else paths[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
