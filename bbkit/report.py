@@ -168,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     folders = parser.parse_args(argv).runs
     try:
-        together = pooled(folders)
+        together = pooled(folders) if len(folders) > 1 else {}
+        paths = [write(folder) for folder in folders]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    paths = [write(folder) for folder in folders]
-    print("\n\n".join(_headline(together)) if len(folders) > 1 else paths[0])
+    print("\n\n".join(_headline(together)) if together else paths[0])
     return 0
 
 

@@ -242,7 +242,8 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     files.write_bytes(folder / f"{stage}.jsonl", lines.encode())
     run.evaluation(stage, evaluate.summary(found, section.bootstrap))
     if stage == "base":
-        run.evaluation("baseline", evaluate.baselines(rows["sft"], held_out, section.bootstrap))
+        trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
+        run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
     written = {path.stem: files.read_rows(path) for path in folder.glob("*.jsonl")}
     run.evaluation("difference", evaluate.changes(written, section.bootstrap))
     step = 0 if stage == "base" else getattr(settings, stage).steps
