@@ -124,7 +124,7 @@ class Grpo:
 class Evaluation:
     questions: Whole = 0
     instructions: Whole = 0
-    batch_size: Count = 64
+    batch_tokens: Count = 12_000
     max_new_tokens: Count = 48
     ifeval: Whole = 0
     ifeval_tokens: Count = 512

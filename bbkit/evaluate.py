@@ -34,11 +34,12 @@ def generate(
     tokenizer,
     examples: Sequence[Example],
     max_new_tokens: int,
-    batch_size: int,
+    batch_tokens: int,
     progress=None,
 ) -> list[str]:
     """Greedy replies in the order of `examples`; batches hold prompts of like length.
 
+    A batch takes at most `batch_tokens` tokens of prompts and replies together, or one prompt.
     Returns decoded text without special tokens. The model's training mode is restored.
     """
     import torch
@@ -49,13 +50,16 @@ def generate(
         )
         for e in examples
     ]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    lengths = [len(tokens) for tokens in encoded]
     # The longest first: what does not fit in memory fails at once, not after an hour.
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     replies = [""] * len(texts)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    while order:
+        most = max(1, batch_tokens // (lengths[order[0]] + max_new_tokens))
+        chosen, order = order[:most], order[most:]
         batch = tokenizer(
             [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left",
             add_special_tokens=False,

@@ -163,8 +163,9 @@ def execute(
     from bbkit import adapters, data, grpo, models, prompts, report, sft
     from bbkit.callback import Recorder
 
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
+    # Said even where it is the default: it makes MKL keep to that number, which it may else lower
+    # while it runs, and a product summed by another number of threads differs in its last bits.
+    torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     model, tokenizer = models.load(settings.model, offline=offline)
     names = sorted({*settings.data.sft, *settings.data.grpo})
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
@@ -228,12 +229,12 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     began = time.perf_counter()
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
         replies = evaluate.generate(
-            model, tokenizer, held_out, section.max_new_tokens, section.batch_size, bar.update
+            model, tokenizer, held_out, section.max_new_tokens, section.batch_tokens, bar.update
         )
         found = evaluate.items(held_out, replies)
         if ifeval:
             replies = evaluate.generate(
-                model, tokenizer, ifeval, section.ifeval_tokens, section.batch_size, bar.update
+                model, tokenizer, ifeval, section.ifeval_tokens, section.batch_tokens, bar.update
             )
             found += evaluate.ifeval_items(ifeval, replies)
     folder = run.folder / "evaluation"

@@ -1,0 +1,226 @@
+"""Capability-aware GRPO around TRL's GRPOTrainer, or unsloth's, with any reward functions.
+
+Serves the claims on Capability-Aware GRPO, the dynamic hybrid reward and gradient orthogonality:
+one advantage and one gradient per reward, weights that a controller moves, and a combination that
+keeps the capabilities from hurting one another. Raw rewards are logged unweighted, weights and
+coefficients beside them. The paper gives no formulas: this is our reading (README, ledger).
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from bbkit import gradients, weighting
+from bbkit.config import InputError
+
+METRICS = ("euclidean", "adam")
+
+
+class Balance(TrainerCallback, ExportableState):
+    """Keeps the weights of the rewards in each checkpoint's trainer_state.json, to go on from."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def state(self) -> dict:
+        seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
+        return {"args": {}, "attributes": seen}
+
+    def on_train_begin(self, args, state, control, **_):
+        kept = state.stateful_callbacks.get("Balance", self.state())["attributes"]
+        self.trainer.controller.restore(kept["controller"])
+        self.trainer.gramian = kept["gramian"]
+
+
+def capability_aware(
+    base: type,
+    advantages: str = "capability",
+    sigma_floor: float = 0.1,
+    controller: str = "deficit",
+    combination: str = "dual_cone",
+    metric: str = "euclidean",
+    retention: Callable[[Any, int], Tensor] | None = None,
+    **control: float,
+) -> type:
+    """A subclass of `base`, a GRPOTrainer, that is built and used as `base` is.
+
+    Each reward function is a capability; `args.reward_weights` is the preference. Each step goes
+    from rewards to weights (`weighting.CONTROLLERS`, its options in `control`), to advantages
+    (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
+    (`gradients.combine`, inner products `euclidean` or as `adam` steps). `retention(model, step)`
+    returns a loss that the step must not raise to first order. Made by a function, since unsloth
+    replaces the trainer's class on import: import it before the trainer.
+    Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
+    """
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r}: use one of {', '.join(METRICS)}")
+
+    class CapabilityAware(base):  # type: ignore[misc, valid-type]
+        """GRPO with a gradient per capability; see bbkit.capability.capability_aware."""
+
+        beta: float  # the base class's, assigned to below
+        reward_weights: Tensor
+        _metrics: dict[str, Any]
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if self.aux_loss_enabled or self._entropy_bonus_enabled:
+                raise InputError(
+                    "capability-aware GRPO: an entropy bonus or a router's auxiliary loss belongs "
+                    "to no capability; set entropy_coef=0 and router_aux_loss_coef=0"
+                )
+            start = self.reward_weights.tolist()
+            self.controller = weighting.CONTROLLERS[controller](start, **control)
+            self.capabilities = len(start)
+            self.gramian: list | None = None  # of the last step's capabilities
+            # Rows: the capabilities, then the KL penalty, then retention, where there is one.
+            rows = self.capabilities + bool(self.beta) + bool(retention)
+            self.capture = gradients.Capture(self.model, rows)
+            linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+            self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
+            if self.gradient_engine == "replay":
+                print("gradient engine replay: this loss is not linear in the advantages")
+            self.add_callback(Balance(self))
+
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self.raw_rewards = found
+            if self.model.training:
+                groups = self.num_generations
+                seen = weighting.statistics(found, groups, self.controller.weights)
+                weights = self.controller.update(replace(seen, gramian=self.gramian))
+                self.reward_weights = torch.tensor(weights).to(self.reward_weights)
+                for k, name in enumerate(self.reward_func_names):
+                    self._note(f"sigma/{name}", seen.sigma[k] or 0.0)
+                    self._note(f"weight/{name}", weights[k])
+            return found
+
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            if self.model.training:
+                found = weighting.advantages(
+                    self.raw_rewards, self.num_generations, self.controller.weights, advantages,
+                    sigma_floor,
+                )  # fmt: skip
+                count = len(output["advantages"])
+                start = count * self.accelerator.process_index
+                output["capability_advantages"] = found[start : start + count]
+            return output
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            columns = inputs.get("capability_advantages")
+            if columns is None or not self.model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.micro_batch = inputs
+            one_pass, kinds = self.gradient_engine == "one_pass", self.capabilities
+            ones = torch.ones_like(columns[:, 0])
+            passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
+            shares = torch.zeros(len(passes) + bool(self.beta), len(ones), len(self.capture))
+            shares = shares.to(columns)
+            shares[0, :, :kinds] = columns
+            if self.beta:
+                passes.append((0 * ones, self.beta))
+                shares[-1, :, kinds] = 1.0
+            value = 0.0
+            for i, (weights, beta) in enumerate(passes):
+                last = i == len(passes) - 1
+                loss = self._loss(inputs | {"advantages": weights}, beta, mute=not last)
+                value = value + loss.detach() * (1.0 if beta else self._worth(i, inputs, columns))
+                if one_pass:
+                    self.capture.next(shares[i])
+                if not last:
+                    self.accelerator.backward(loss)
+                    if not one_pass:
+                        self.capture.take(i)
+            return loss + (value - loss).detach()  # the slope of the last pass, the value of all
+
+        def _loss(self, inputs, beta: float, mute: bool):
+            """TRL's loss, of the bare model: DDP would sum up gradients that nobody asked for."""
+            model, kept = self.accelerator.unwrap_model(self.model), (self.beta, self._metrics)
+            self.beta = beta
+            if mute:  # each call would log once more
+                self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+            loss = super().compute_loss(model, inputs)
+            self.beta, self._metrics = kept
+            return loss
+
+        def _worth(self, i: int, inputs, columns) -> Any:
+            """What the value of pass i counts for in the loss that is logged, GRPO's own."""
+            if self.gradient_engine == "replay":
+                return self.controller.weights[i]
+            total = columns @ torch.tensor(self.controller.weights).to(columns)
+            tokens = inputs["completion_mask"].sum(1) if self.loss_type != "grpo" else 1.0
+            return (total * tokens).sum() / (torch.ones_like(total) * tokens).sum()
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            one_pass = self.gradient_engine == "one_pass"
+            with gradients.watch(self.model, self.capture) if one_pass else nullcontext():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            if one_pass and self.capture.missed:
+                missed = self.capture.missed
+                print(f"gradient engine replay: {len(missed)} matrices bypass {missed[0]}'s module")
+                self.gradient_engine = "replay"
+                self.capture.clear()  # the first micro-batch: nothing else is in it
+                with self.compute_loss_context_manager():
+                    again = self.compute_loss(model, self.micro_batch)
+                self.accelerator.backward(again)
+            if self.gradient_engine == "replay":
+                self.capture.take(self.capabilities - (not self.beta))
+            if self.accelerator.sync_gradients:
+                began = time.perf_counter()
+                self._combine()
+                self._note("seconds/combination", time.perf_counter() - began)
+            return loss
+
+        def _combine(self) -> None:
+            """Put the combined gradient where the optimiser reads it, and log its parts."""
+            capture, kinds = self.capture, self.capabilities
+            cone, names = [*range(kinds)], [*self.reward_func_names]
+            if retention:
+                capture.drop()
+                with self.compute_loss_context_manager():
+                    kept = retention(
+                        self.accelerator.unwrap_model(self.model), self.state.global_step
+                    )
+                self.accelerator.backward(kept)
+                capture.take(len(capture) - 1)
+                cone, names = [*cone, len(capture) - 1], [*names, "retention"]
+                self._note("retention_loss", kept.item())
+            rows = capture.gradients
+            if self.accelerator.num_processes > 1:
+                rows.copy_(self.accelerator.reduce(rows, "mean"))
+            scaler = self.accelerator.scaler
+            scale = scaler.get_scale() if scaler else 1.0  # of float16's loss
+            rows /= scale
+            inverse = None
+            if metric == "adam":
+                inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
+            gramian = gradients.gramian(rows, inverse)[cone][:, cone]
+            preference = self.controller.weights + [0.0] * (len(cone) - kinds)
+            with torch.random.fork_rng(devices=[]):  # PCGrad draws an order, the same on every rank
+                torch.manual_seed(self.args.seed + self.state.global_step)
+                found = gradients.combine(gramian, combination, preference)
+            coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
+            coefficients[cone] = found
+            capture.put(coefficients * scale)
+            cosines = gradients.cosines(gramian)
+            for j, name in enumerate(names):
+                self._note(f"coefficient/{name}", found[j].item())
+                self._note(f"gradient_norm/{name}", rows[cone[j]].norm().item())
+                for k in range(j):
+                    self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
+            self.gramian = gramian[:kinds, :kinds].tolist()
+            capture.clear()
+
+        def _note(self, name: str, value: float) -> None:
+            self._metrics["train"][name].append(value)
+
+    return CapabilityAware

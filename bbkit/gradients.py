@@ -1,0 +1,360 @@
+"""Per-capability gradients of a GRPO step in one backward pass, their Gramian, their combination.
+
+Serves the claim of gradient orthogonality. The losses of K capabilities differ by one factor per
+sequence, so a backward pass at unit advantage already holds, at each trainable linear map, the
+gradient of each sequence; contracted there with the advantages it gives all K gradients exactly.
+Combinations see the Gramian alone and are TorchJD's. The paper names neither engine nor projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bbkit.config import CannotRun, InputError
+
+
+class Capture:
+    """The K gradients of a model's trainable parameters, as rows of one float32 matrix (K, P).
+
+    Columns follow `model.parameters()`, trainable ones only, each flattened. `touched` holds the
+    names of the parameters that got a gradient, `fired` of those that the one pass has seen.
+    """
+
+    def __init__(self, model: nn.Module, capabilities: int):
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise InputError(
+                "gradients: the model has no trainable parameter; put LoRA on it first"
+            )
+        self.engine = "one_pass"
+        self.touched: set[str] = set()
+        self.fired: set[str] = set()
+        self.advantages: Tensor | None = None
+        width = sum(p.numel() for p in self.parameters.values())
+        device = next(iter(self.parameters.values())).device
+        self._rows = torch.zeros(capabilities, width, device=device)
+        sizes = [p.numel() for p in self.parameters.values()]
+        self._parts = dict(zip(self.parameters, self._rows.split(sizes, dim=1), strict=True))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def next(self, advantages: Tensor) -> None:
+        """Advantages (N, K) of the micro-batch whose forward and backward pass come next."""
+        if advantages.dim() != 2 or advantages.shape[1] != len(self._rows):
+            wanted = f"(N, {len(self._rows)})"
+            raise InputError(f"gradients: advantages are {tuple(advantages.shape)}, not {wanted}")
+        self.advantages = advantages.detach().to(self._rows)
+
+    @property
+    def missed(self) -> list[str]:
+        """Parameters that got a gradient past the capture: fused kernels, or no linear map."""
+        return [n for n in self.parameters if n in self.touched and n not in self.fired]
+
+    @property
+    def gradients(self) -> Tensor:
+        """(K, P): row k is the gradient of Σ_i A_ik ℓ_i. Raises CannotRun if any was `missed`."""
+        if self.engine == "one_pass" and self.missed:
+            raise CannotRun(
+                f"gradients: {len(self.missed)} trainable parameters bypass the capture, first "
+                f"{self.missed[0]}; use bbkit.gradients.replay"
+            )
+        return self._rows
+
+    @property
+    def gramian(self) -> Tensor:
+        """(K, K) inner products of the gradients."""
+        return gramian(self.gradients)
+
+    @property
+    def cosines(self) -> Tensor:
+        """(K, K) cosines; NaN for a gradient that is 0."""
+        return cosines(self.gramian)
+
+    def clear(self) -> None:
+        """Start again: rows of 0, nothing seen, and no `.grad` but what `put` wrote."""
+        self._rows.zero_()
+        self.touched.clear()
+        self.fired.clear()
+
+    def drop(self) -> None:
+        """Forget what stands in `.grad`."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def take(self, row: int) -> None:
+        """Add the gradients that stand in `.grad` to a row, and clear them."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self._parts[name][row] += parameter.grad.flatten().to(self._rows)
+                parameter.grad = None
+
+    def put(self, coefficients: Tensor) -> None:
+        """Write Σ_k c_k g_k into `.grad`, for the optimiser to step along."""
+        direction = coefficients.to(self._rows) @ self.gradients
+        sizes = [p.numel() for p in self.parameters.values()]
+        parts = direction.split(sizes)
+        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def by(self, group: Callable[[str], str]) -> dict[str, Tensor]:
+        """Gramians (K, K) of parts of the model; `group` names the part of a parameter's name."""
+        parts: dict[str, Tensor] = {}
+        for name in self.parameters if self.gradients is not None else ():
+            key, block = group(name), self._parts[name]
+            parts[key] = parts.get(key, 0) + block @ block.T
+        return parts
+
+    def _add(self, name: str, block: Tensor) -> None:
+        """Contract the gradients of single sequences (N, …) with the advantages (N, K)."""
+        if self.advantages is None or len(block) != len(self.advantages):
+            return  # packed or flattened sequences: it counts as missed
+        self._parts[name].addmm_(self.advantages.T, block.flatten(1).to(self._rows))
+        self.fired.add(name)
+
+
+class _Linear(torch.autograd.Function):
+    """nn.functional.linear that shows its backward pass to a capture.
+
+    A function rather than hooks: its input is kept as autograd keeps it, so that checkpointing
+    still frees and recomputes it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, capture, names):
+        ctx.save_for_backward(x, weight)
+        ctx.capture, ctx.names = capture, names
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, delta):
+        x, weight = ctx.saved_tensors
+        needs, grads = ctx.needs_input_grad, [None, None, None]
+        if needs[0]:
+            grads[0] = (delta @ weight.to(delta.dtype)).to(x.dtype)
+        outer = delta.flatten(1, -2) if delta.dim() > 2 else delta.unsqueeze(1)  # (N, T, out)
+        if needs[1]:
+            inner = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+            block = outer.transpose(1, 2) @ inner.to(outer.dtype)  # (N, out, in)
+            ctx.capture._add(ctx.names[0], block)
+            grads[1] = block.sum(0).to(weight.dtype)
+        if needs[2]:
+            block = outer.sum(1)
+            ctx.capture._add(ctx.names[1], block)
+            grads[2] = block.sum(0).to(weight.dtype)
+        return *grads, None, None
+
+
+@contextmanager
+def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Capture]:
+    """Capture the gradients of K capabilities during one `loss.backward()`.
+
+    `advantages` (N, K) follow the batch; `loss` is Σ_i ℓ_i, the terms at unit advantage, and the
+    batch is the first dimension of what each layer gets. Several backward passes add up, each after
+    `capture.next(advantages)`. `.grad` gets the gradient of `loss` as ever. Engine and identity:
+    DESIGN 3 and arXiv 1510.01799, there with one advantage per sequence as an output.
+
+    >>> model = nn.Linear(3, 1, bias=False)
+    >>> x, advantages = torch.randn(4, 3), torch.randn(4, 2)
+    >>> with capability_gradients(model, advantages) as capture:
+    ...     model(x).sum().backward()
+    >>> torch.allclose(capture.gradients, advantages.T @ x, atol=1e-6)
+    True
+    """
+    with watch(model, Capture(model, advantages.shape[-1])) as capture:
+        capture.next(advantages)
+        yield capture
+
+
+@contextmanager
+def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
+    """Let a capture see the forward and backward passes inside; for one that lives longer."""
+    names = {id(p): n for n, p in capture.parameters.items()}
+    changed: list[nn.Linear] = []
+
+    def captured(module: nn.Linear):
+        own = (names.get(id(module.weight), ""), names.get(id(module.bias), ""))
+
+        def forward(x):
+            if not torch.is_grad_enabled():  # generation
+                return nn.functional.linear(x, module.weight, module.bias)
+            return _Linear.apply(x, module.weight, module.bias, capture, own)
+
+        return forward
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda _, name=n: capture.touched.add(name))
+        for n, p in capture.parameters.items()
+    ]
+    try:
+        for module in model.modules():
+            trains = any(id(p) in names for p in module.parameters(recurse=False))
+            # A subclass, or a forward that someone replaced, may compute something else.
+            if type(module) is nn.Linear and trains and "forward" not in vars(module):
+                module.forward = captured(module)  # type: ignore[method-assign]
+                changed.append(module)
+        yield capture
+    finally:
+        for module in changed:
+            del module.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def replay(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Capture:
+    """The same gradients by one forward and backward pass per capability; for any model.
+
+    `losses[k]()` returns the scalar Σ_i A_ik ℓ_i. `.grad` is empty afterwards.
+
+    >>> model, x = nn.Linear(3, 1), torch.randn(4, 3)
+    >>> capture = replay(model, [lambda: model(x).sum(), lambda: -model(x).sum()])
+    >>> round(capture.cosines[0, 1].item(), 4), capture.engine
+    (-1.0, 'replay')
+    """
+    capture = Capture(model, len(losses))
+    capture.engine = "replay"
+    capture.drop()
+    for row, loss in enumerate(losses):
+        loss().backward()
+        capture.take(row)
+    return capture
+
+
+def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(K, K) inner products ⟨g_j, S g_k⟩ of rows (K, P), S = diag(scale) (P,) or the identity.
+
+    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps.
+    """
+    return (gradients if scale is None else gradients * scale) @ gradients.T
+
+
+def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from the second moments before the step; None at first."""
+    group = next(g for g in optimizer.param_groups if g["params"])
+    parts = []
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            return None
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
+    return torch.cat(parts)
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """(K, K) cosines of a Gramian; NaN where a gradient is 0.
+
+    >>> cosines(torch.tensor([[4.0, 2.0], [2.0, 1.0]]))[0, 1].item()
+    1.0
+    """
+    norm = gramian.diagonal().clamp(min=0).sqrt()
+    return gramian / torch.outer(norm, norm)
+
+
+def null_cosine(parameters: int) -> float:
+    """Mean absolute cosine of two random directions in that many dimensions: √(2/(πP)).
+
+    >>> round(null_cosine(200_000), 4)
+    0.0018
+    """
+    return math.sqrt(2 / (math.pi * parameters))
+
+
+def halves(advantages: Tensor) -> Tensor:
+    """(N, 2K) advantages: the K columns on the even sequences, then the K on the odd ones.
+
+    Captured, they give two independent estimates of each gradient; see `reliability`.
+    """
+    even = (torch.arange(len(advantages), device=advantages.device) % 2 == 0).unsqueeze(1)
+    return torch.cat([advantages * even, advantages * ~even], dim=1)
+
+
+def reliability(gramian: Tensor) -> Tensor:
+    """(K,) cosines of the two halves of each gradient, from the (2K, 2K) Gramian of `halves`."""
+    count = len(gramian) // 2
+    return cosines(gramian)[:count, count:].diagonal()
+
+
+COMBINATIONS = ("sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dual_cone", "random")
+
+
+def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor | None = None):
+    """Coefficients c (K,) of the update Σ_k c_k g_k, from the Gramian (K, K) alone.
+
+    `preference` (K,) weighs the gradients (default: 1/K each); one of 0 marks a gradient that
+    only constrains, such as retention: the update must not oppose it. `dual_cone` projects the
+    preferred sum onto the cone that opposes no gradient, `upgrad` each gradient by itself;
+    `random` is a placebo. A gradient that is 0 keeps its preference and takes no part; with a
+    Gramian that is not finite the answer is the preference. All but `sum` and the last step are
+    TorchJD's weightings (arXiv 2406.16232 and the works it cites).
+
+    >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+    >>> [round(c, 3) for c in combine(conflict, "dual_cone", [1.0, 0.0]).tolist()]
+    [1.0, 0.5]
+    """
+    if method not in COMBINATIONS:
+        raise InputError(f"combination {method!r}: use one of {', '.join(COMBINATIONS)}")
+    matrix = gramian.detach().double().cpu()
+    count = len(matrix)
+    given = [1 / count] * count if preference is None else preference
+    wanted = torch.as_tensor(given, dtype=torch.float64).cpu()
+    if wanted.shape != (count,) or not (wanted >= 0).all() or not wanted.sum() > 0:
+        raise InputError(f"combination: preference {given} is not {count} weights of 0 or more")
+    coefficients = wanted.clone()
+    sizes = matrix.diagonal()
+    if torch.isfinite(matrix).all():
+        live = sizes > 1e-12 * sizes.max()
+        if (live & (wanted > 0)).any():
+            coefficients[live] = _weights(matrix[live][:, live], method, wanted[live])
+    return coefficients.to(gramian)
+
+
+def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
+    from scipy.optimize import nnls
+    from torchjd import aggregation
+    from torchjd.linalg import QuadprogProjector
+
+    # To unit trace: TorchJD's projector takes a trace below 1e-4 for 0 and then projects nothing,
+    # and a GRPO gradient is that small. The regularisation is the least that quadprog bears.
+    matrix = matrix / matrix.diagonal().sum()
+    projector = QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
+    if method == "dual_cone":
+        return aggregation.DualProjWeighting(wanted, projector)(matrix)
+    if method == "upgrad":
+        return aggregation.UPGradWeighting(wanted, projector)(matrix)
+    free = wanted > 0
+    part, weights = matrix[free][:, free], wanted[free]
+    scaled = part * torch.outer(weights, weights)  # of the weighted gradients w_k g_k
+    if method == "sum":
+        chosen = weights
+    elif method == "random":
+        chosen = aggregation.RandomWeighting()(part) * weights.sum()
+    elif method == "aligned_mtl":
+        chosen = aggregation.AlignedMTLWeighting(weights)(part)
+    elif method == "pcgrad":
+        chosen = aggregation.PCGradWeighting()(scaled) * weights
+    elif method == "mgda":
+        chosen = aggregation.MGDAWeighting(1e-6, 1000)(part) * weights.sum()
+    else:
+        try:
+            chosen = aggregation.CAGradWeighting(c=0.5)(scaled / scaled.diagonal().sum()) * weights
+        except ImportError as error:
+            raise CannotRun(f"combination cagrad: {error}") from error
+        chosen = chosen * len(weights)
+    coefficients = torch.zeros_like(wanted)
+    coefficients[free] = chosen
+    if not free.all():  # A-GEM's projection: the nearest update that opposes no constraint
+        root = torch.linalg.cholesky(
+            matrix[~free][:, ~free] + 1e-12 * torch.eye(int((~free).sum()))
+        )
+        against = torch.linalg.solve_triangular(
+            root, matrix[~free] @ coefficients.unsqueeze(1), upper=False
+        )
+        coefficients[~free] = torch.from_numpy(nnls(root.T.numpy(), -against[:, 0].numpy())[0])
+    return coefficients

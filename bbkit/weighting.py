@@ -1,0 +1,236 @@
+"""The dynamic hybrid reward: weights of the capabilities, re-balanced once per optimiser step.
+
+Serves the claim that a dynamic reward beats a static one. The paper says "adaptively balances" and
+no more: `deficit` is our reading, the others are published neighbours. Weights lie on the simplex,
+each above a floor. Rewards themselves are never touched: they are logged raw, the weights beside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bbkit.config import InputError
+
+SCHEMES = ("capability", "gdpo", "grpo", "dr_grpo")
+EPSILON = 1e-4  # TRL's, added to a standard deviation
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a controller sees of one step: lists over the K capabilities, None where absent."""
+
+    reward: Sequence[float | None]  # mean raw reward
+    sigma: Sequence[float | None]  # mean in-group standard deviation
+    covariance: Sequence[float | None]  # mean in-group covariance with the weighted reward
+    gramian: Sequence[Sequence[float]] | None = None  # inner products of the last step's gradients
+
+
+def statistics(rewards: Tensor, generations: int, weights: Sequence[float]) -> Stats:
+    """`Stats` of raw rewards (N, K), NaN where a capability does not apply, in groups in a row.
+
+    >>> s = statistics(torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, torch.nan], [0.0, torch.nan]]),
+    ...     generations=2, weights=[0.5, 0.5])
+    >>> s.reward, s.covariance
+    ([0.25, 1.0], [0.125, 0.0])
+    """
+    grouped = _grouped(rewards, generations)
+    centred = grouped - grouped.nanmean(dim=1, keepdim=True)
+    total = (centred.nan_to_num() * torch.tensor(weights).to(rewards)).sum(dim=2, keepdim=True)
+    return Stats(
+        _known(rewards.nanmean(dim=0)),
+        _known(_spread(grouped).squeeze(1).nanmean(dim=0)),
+        _known((centred * total).nanmean(dim=1).nanmean(dim=0) * generations / (generations - 1)),
+    )
+
+
+def advantages(
+    rewards: Tensor,
+    generations: int,
+    weights: Sequence[float],
+    scheme: str = "capability",
+    floor: float = 0.1,
+) -> Tensor:
+    """Advantages (N, K) of raw rewards (N, K): A with Σ_k w_k A_ik the advantage of the scheme.
+
+    `capability`: (r − μ_k) / max(σ_k, floor), so that a reward which is nearly settled is not blown
+    up to unit scale. `gdpo` (arXiv 2601.05242): (r − μ_k) / σ_k, whitened over the batch. `grpo`:
+    (r − μ_k) / σ_R with R = Σ w_k r_k. `dr_grpo` (arXiv 2503.20783): r − μ_k. NaN, a capability
+    that does not apply, gets 0. Raises InputError for an infinite reward, naming its column.
+
+    >>> r = torch.tensor([[1.0, 0.52], [0.0, 0.50]])
+    >>> advantages(r, 2, [0.5, 0.5], "gdpo")[0]
+    tensor([0.7095, 0.7046])
+    >>> advantages(r, 2, [0.5, 0.5], "capability")[0]
+    tensor([0.7071, 0.1000])
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"advantages {scheme!r}: use one of {', '.join(SCHEMES)}")
+    if torch.isinf(rewards).any():
+        row, column = torch.nonzero(torch.isinf(rewards))[0].tolist()
+        raise InputError(
+            f"reward {column} of completion {row} is infinite; return a finite number, or None "
+            "where it does not apply"
+        )
+    weighing = torch.tensor(weights).to(rewards)
+    grouped = _grouped(rewards, generations)
+    found = grouped - grouped.nanmean(dim=1, keepdim=True)
+    if scheme == "capability":
+        found = found / _spread(grouped).clamp(min=floor)
+    elif scheme == "gdpo":
+        found = found / (_spread(grouped) + EPSILON)
+    elif scheme == "grpo":
+        total = (grouped.nan_to_num() * weighing).sum(dim=2, keepdim=True)
+        total[grouped.isnan().all(dim=2)] = torch.nan
+        found = found / (_spread(total) + EPSILON)
+    found = found.nan_to_num(nan=0.0).flatten(0, 1)
+    if scheme == "gdpo":  # its batch mean is 0 already
+        total = (found @ weighing)[~rewards.isnan().all(dim=1)]
+        found = found / (total.std() + EPSILON) if len(total) else found
+    return found
+
+
+def _grouped(rewards: Tensor, generations: int) -> Tensor:
+    if generations < 2 or len(rewards) % generations:
+        raise InputError(
+            f"{len(rewards)} completions in groups of {generations}: whole groups of 2 or more"
+        )
+    return rewards.view(-1, generations, rewards.shape[1])
+
+
+def _spread(grouped: Tensor) -> Tensor:
+    """In-group standard deviation (groups, 1, K), as TRL takes it; NaN where unknown."""
+    count = (~grouped.isnan()).sum(dim=1, keepdim=True)
+    deviation = grouped - grouped.nanmean(dim=1, keepdim=True)
+    spread = (deviation.square().nansum(dim=1, keepdim=True) / (count - 1)).sqrt()
+    return spread.masked_fill(count < 2, torch.nan)
+
+
+def _known(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(v) else v for v in values.tolist()]
+
+
+class Controller:
+    """Weights of K capabilities; `update` moves them by one step, `state` and `restore` keep them.
+
+    `preference` (K,) are the weights at the start, and for good with `fixed`. `rate` is the size of
+    a step, `ema` the memory of the averages, `target` the level that a capability should reach (its
+    reward, or its covariance with the sum), `floor` the least weight, but of one that starts at 0.
+
+    >>> controller = CONTROLLERS["deficit"]([1.0, 1.0], rate=1.0)
+    >>> seen = Stats(reward=[0.9, 0.1], sigma=[0.1, 0.1], covariance=[0.0, 0.0])
+    >>> [round(w, 2) for w in controller.update(seen)]
+    [0.31, 0.69]
+    """
+
+    def __init__(
+        self,
+        rule,
+        preference: Sequence[float],
+        rate: float = 0.1,
+        ema: float = 0.9,
+        target: float = 1.0,
+        floor: float = 0.05,
+    ):
+        total = sum(preference)
+        if min(preference) < 0 or not 0 < total < math.inf:
+            raise InputError(f"weights {list(preference)}: none below 0, and not all 0")
+        if not 0 <= floor * len(preference) < 1:
+            raise InputError(f"weight floor {floor}: below 1/{len(preference)}")
+        self.rule, self.rate, self.ema, self.target = rule, rate, ema, target
+        # A capability whose weight is 0 is switched off, and stays so.
+        self.floors = [floor if w and rule is not fixed else 0.0 for w in preference]
+        self.weights = self._above_floor([w / total for w in preference])
+        self.averages: list[float | None] = [None] * len(preference)
+
+    def update(self, stats: Stats) -> list[float]:
+        """The weights after one more step; they sum to 1."""
+        powers = self.rule(self, stats)
+        if powers is not None and all(map(math.isfinite, powers)) and sum(powers) > 0:
+            self.weights = self._above_floor([p / sum(powers) for p in powers])
+        return self.weights
+
+    def average(self, values: Sequence[float | None]) -> list[float | None]:
+        """Exponential averages, begun with the first value; an absent one leaves its own as is."""
+        for k, value in enumerate(values):
+            if value is not None:
+                before = self.averages[k]
+                before = value if before is None else before
+                self.averages[k] = self.ema * before + (1 - self.ema) * value
+        return self.averages
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, as JSON."""
+        return {"weights": list(self.weights), "averages": list(self.averages)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.weights, self.averages = list(state["weights"]), list(state["averages"])
+
+    def _above_floor(self, weights: list[float]) -> list[float]:
+        """Weights below the floor are raised to it, the others share what is left."""
+        low: set[int] = set()
+        while True:
+            left = 1 - sum(self.floors[k] for k in low)
+            rest = sum(w for k, w in enumerate(weights) if k not in low)
+            found = [self.floors[k] if k in low else left * w / rest for k, w in enumerate(weights)]
+            below = {k for k, w in enumerate(found) if w < self.floors[k]} - low
+            if not below:
+                return found
+            low |= below
+
+
+def fixed(controller: Controller, stats: Stats) -> None:
+    """The static hybrid reward: weights as they are preferred."""
+
+
+def deficit(controller: Controller, stats: Stats) -> list[float]:
+    """w_k ∝ w_k · exp(rate · (target − average reward)): what lags gets more. Our reading."""
+    return _raised(
+        controller, [_less(controller.target, a) for a in controller.average(stats.reward)]
+    )
+
+
+def variance(controller: Controller, stats: Stats) -> list[float] | None:
+    """w_k ∝ average in-group spread: what still varies gets more (DVAO, arXiv 2605.25604)."""
+    spread = controller.average(stats.sigma)
+    return None if any(s is None for s in spread) else [float(s or 0) for s in spread]
+
+
+def covariance(controller: Controller, stats: Stats) -> list[float]:
+    """log w_k += rate · relu(target − average cov(r_k, w·r)) (CTWA, arXiv 2602.06869)."""
+    found = controller.average(stats.covariance)
+    return _raised(controller, [max(0.0, _less(controller.target, a)) for a in found])
+
+
+def agreement(controller: Controller, stats: Stats) -> list[float] | None:
+    """log w_k += rate · Σ_j ⟨g_k, g_j⟩ / mean_j |g_j|² (arXiv 2509.11452): favours what agrees.
+
+    Their μ is here the mean squared norm, so that the rate has no unit.
+    """
+    if stats.gramian is None:
+        return None
+    size = sum(row[k] for k, row in enumerate(stats.gramian)) / len(stats.gramian)
+    return _raised(controller, [sum(row) / size for row in stats.gramian]) if size > 0 else None
+
+
+def _less(target: float, average: float | None) -> float:
+    return 0.0 if average is None else target - average
+
+
+def _raised(controller: Controller, exponents: Sequence[float]) -> list[float]:
+    top = max(exponents)  # no overflow, and the sum is normalised anyway
+    pairs = zip(controller.weights, exponents, strict=True)
+    return [w * math.exp(controller.rate * (e - top)) for w, e in pairs]
+
+
+CONTROLLERS = {
+    rule.__name__: partial(Controller, rule)
+    for rule in (fixed, deficit, variance, covariance, agreement)
+}

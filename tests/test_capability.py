@@ -1,0 +1,254 @@
+"""The capability-aware trainer against TRL's own, on the pocket model with toy rewards."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import GRPOConfig, GRPOTrainer
+
+from bbkit import adapters, config, models
+from bbkit.capability import capability_aware
+from bbkit.config import InputError
+
+PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
+
+
+def vowels(completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+
+def brief(completions, **_):
+    return [1 / (1 + len(text.split())) for text in completions]
+
+
+def lettered(completions, prompts, **_):
+    """Does not apply to the prompts that ask for a repetition."""
+    return [
+        None if p.startswith("Repeat") else float("e" in text)
+        for p, text in zip(prompts, completions, strict=True)
+    ]
+
+
+REWARDS = (vowels, brief, lettered)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """A function that builds a small trainer on the pocket model with LoRA weights of its own."""
+    settings = config.load("pocket", None, ["model.lora_rank=4"]).model
+
+    def build(rewards=REWARDS, trainer=None, steps=2, folder="run", arguments=None, **options):
+        model, tokenizer = models.load(settings, say=lambda line: None)
+        model = adapters.add_lora(model, settings, 0)
+        torch.manual_seed(0)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.02)
+        fields = {
+            "output_dir": str(tmp_path / folder), "max_steps": steps, "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+            "steps_per_generation": 2, "num_generations": 4, "max_completion_length": 6,
+            "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
+            "logging_steps": 1, "disable_tqdm": True, "beta": 0.0, "loss_type": "dapo",
+            "gradient_checkpointing": False, "reward_weights": [2.0, 1.0, 1.0][: len(rewards)],
+        }  # fmt: skip
+        return (trainer or capability_aware(GRPOTrainer, **options))(
+            model=model,
+            reward_funcs=list(rewards),
+            args=GRPOConfig(**fields | (arguments or {})),
+            train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS * 10]),
+            processing_class=tokenizer,
+        )
+
+    return build
+
+
+def against_trl(options):
+    """A trainer that compares each step's gradient with that of TRL's own loss and advantages."""
+
+    class Compared(capability_aware(GRPOTrainer, **options)):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.seen = [*getattr(self, "seen", []), inputs]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        def _combine(self):
+            kept, self._metrics = self._metrics, {"train": defaultdict(list)}
+            self.capture.drop()
+            for inputs in self.seen:
+                GRPOTrainer.compute_loss(self, self.model, inputs).backward()
+            wanted = self.flat()
+            self._metrics, self.seen = kept, []
+            super()._combine()
+            self.pairs = [*getattr(self, "pairs", []), (self.flat(), wanted)]
+
+        def flat(self):
+            return torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
+
+    return Compared
+
+
+def cosine(pair):
+    return nn.functional.cosine_similarity(*pair, dim=0).item()
+
+
+PLAIN = {"controller": "fixed", "combination": "sum"}
+
+
+@pytest.mark.parametrize(
+    "advantages, aggregation, floor",
+    [
+        ("gdpo", "normalize_then_sum", 0.1),
+        ("capability", "normalize_then_sum", 1e-4),
+        ("grpo", "sum_then_normalize", 0.1),
+        ("dr_grpo", "sum_then_normalize", 0.1),
+    ],
+)
+def test_fixed_weights_and_sum_are_trls_own_update(build, advantages, aggregation, floor):
+    """The exit criterion: 20 consecutive steps, each compared from equal states."""
+    trainer = build(
+        trainer=against_trl(PLAIN | {"advantages": advantages, "sigma_floor": floor}),
+        steps=20 if advantages == "gdpo" else 4,
+        arguments={
+            "multi_objective_aggregation": aggregation,
+            "scale_rewards": "none" if advantages == "dr_grpo" else "group",
+            "reward_weights": [0.5, 0.25, 0.25],  # our weights sum to 1
+        },
+    )
+    trainer.train()
+    assert len(trainer.pairs) == trainer.args.max_steps
+    assert trainer.gradient_engine == "one_pass"
+    assert min(cosine(p) for p in trainer.pairs) >= 0.99999
+    if advantages != "capability":  # that one is not whitened
+        for ours, trls in trainer.pairs:
+            assert torch.allclose(ours, trls, rtol=2e-3, atol=1e-3 * trls.abs().max().item())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+def test_other_losses_and_the_kl_penalty(build, loss_type):
+    options = PLAIN | {"advantages": "grpo"}
+    trainer = build(
+        trainer=against_trl(options),
+        arguments={"loss_type": loss_type, "beta": 0.5, "reward_weights": [0.5, 0.25, 0.25]},
+    )
+    trainer.train()
+    assert min(cosine(p) for p in trainer.pairs) >= 0.99999
+    assert "kl" in trainer.state.log_history[0]
+    for row in trainer.state.log_history[:2]:
+        assert len([k for k in row if k.startswith("coefficient/")]) == 3
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_replay_gives_the_same_gradients(build, beta):
+    found = {}
+    for engine in ("one_pass", "replay"):
+        trainer = build(steps=1, arguments={"beta": beta}, advantages="gdpo", **PLAIN)
+        trainer.gradient_engine = engine
+        torch.manual_seed(0)
+        trainer.train()
+        found[engine] = trainer.state.log_history[0]
+    for key, value in found["one_pass"].items():
+        if key.startswith(("cosine/", "gradient_norm/", "coefficient/")) or key == "loss":
+            other = found["replay"][key]
+            assert other == value or other == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_bypassed_modules_turn_the_engine_to_replay(build, capsys):
+    trainer = build(steps=2, **PLAIN)
+    matrix = next(m for n, m in trainer.model.named_modules() if n.endswith("lora_A.default"))
+    matrix.forward = lambda x: x @ matrix.weight.T
+    trainer.train()
+    assert trainer.gradient_engine == "replay"
+    assert "gradient engine replay: 1 matrices bypass" in capsys.readouterr().out
+
+
+def test_several_updates_per_generation_are_replayed(build, capsys):
+    trainer = build(steps=4, arguments={"num_iterations": 2}, **PLAIN)
+    assert "not linear in the advantages" in capsys.readouterr().out
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("combination", ["dual_cone", "upgrad", "pcgrad", "aligned_mtl", "mgda"])
+def test_retention_is_never_opposed(build, combination):
+    steps = []
+
+    def retention(model, step):
+        ids = torch.arange(20, 40).view(2, 10)
+        return model(input_ids=ids, labels=ids).loss
+
+    class Watched(capability_aware(GRPOTrainer, combination=combination, retention=retention)):
+        def _combine(self):
+            self.capture.drop()
+            retention(self.model, 0).backward()
+            kept = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
+            super()._combine()
+            step = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
+            steps.append(nn.functional.cosine_similarity(step, kept, dim=0).item())
+
+    trainer = build(trainer=Watched, steps=3)
+    trainer.train()
+    assert len(steps) == 3 and min(steps) >= -1e-5
+    row = trainer.state.log_history[0]
+    assert {"cosine/vowels/retention", "coefficient/retention", "retention_loss"} <= set(row)
+
+
+def test_rewards_that_say_nothing_leave_the_weights_alone(build):
+    def nothing(completions, **_):
+        return [None] * len(completions)
+
+    def constant(completions, **_):
+        return [0.7] * len(completions)
+
+    trainer = build(rewards=(nothing, constant), steps=2, arguments={"max_grad_norm": 0.0})
+    before = [p.clone() for p in trainer.capture.parameters.values()]
+    trainer.train()
+    after = trainer.capture.parameters.values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+
+
+def test_an_infinite_reward_is_named(build):
+    def broken(completions, **_):
+        return [float("inf")] * len(completions)
+
+    with pytest.raises(InputError, match="reward 1 of completion 0 is infinite"):
+        build(rewards=(vowels, broken)).train()
+
+
+def test_unknown_names_and_losses_without_a_capability(build):
+    with pytest.raises(InputError, match="metric 'adm': use one of euclidean, adam"):
+        capability_aware(GRPOTrainer, metric="adm")
+    with pytest.raises(InputError, match="entropy bonus"):
+        build(arguments={"entropy_coef": 0.01})
+
+
+def test_the_log_holds_every_key_of_the_contract(build):
+    trainer = build(steps=2, metric="adam", controller="agreement")
+    trainer.train()
+    row = trainer.state.log_history[1]
+    names = [f.__name__ for f in REWARDS]
+    wanted = {
+        f"{k}/{n}" for k in ("sigma", "weight", "coefficient", "gradient_norm") for n in names
+    }
+    wanted |= {"cosine/vowels/brief", "cosine/vowels/lettered", "cosine/brief/lettered"}
+    assert wanted | {"seconds/combination", "loss", "entropy"} <= set(row)
+    assert sum(row[f"weight/{n}"] for n in names) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("controller", ["deficit", "covariance", "agreement"])
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(build, controller, tmp_path):
+    options = {"controller": controller, "combination": "pcgrad", "rate": 0.5}
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    whole = build(steps=4, arguments=saving, **options)
+    whole.train()
+    wanted = [p.clone() for p in whole.capture.parameters.values()]
+    kept = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert "controller" in kept["stateful_callbacks"]["Balance"]["attributes"]
+    again = build(steps=4, arguments=saving, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    found = again.capture.parameters.values()
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert again.controller.state() == whole.controller.state()

@@ -1,0 +1,353 @@
+"""One pass against autograd's K passes; combinations against theory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bbkit import adapters, config, gradients, models
+from bbkit.config import CannotRun, InputError
+from bbkit.gradients import Capture, capability_gradients, combine, watch
+
+
+def tiny(seed=0, rank=4, dropout=0.0, checkpointing=None, targets="all-linear"):
+    """A random Llama with LoRA on all linear layers, B not 0, in training mode."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 31}
+    lora = LoraConfig(r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def batch(seed, sequences, side="right", vocabulary=31, length=9):
+    """Token ids and mask; sequence i is padded by i tokens on one side."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (sequences, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for i in range(1, sequences):
+        mask[i, -i % length :] = 0
+    return ids, mask.flip(1) if side == "left" else mask
+
+
+def terms(model, ids, mask):
+    """ℓ_i: mean negative log-likelihood of each sequence's own tokens, (N,)."""
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (loss * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)
+
+
+def separate(model, batches, advantages, seed=7):
+    """The oracle: one whole forward and backward pass per capability."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for k in range(advantages[0].shape[1]):
+        torch.manual_seed(seed)
+        for one, weights in zip(batches, advantages, strict=True):
+            (weights[:, k] * terms(model, *one)).sum().backward()
+        rows.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+        for p in parameters:
+            p.grad = None
+    return torch.stack(rows)
+
+
+def one_pass(model, batches, advantages, seed=7):
+    torch.manual_seed(seed)
+    with capability_gradients(model, advantages[0]) as capture:
+        for one, weights in zip(batches, advantages, strict=True):
+            capture.next(weights)
+            terms(model, *one).sum().backward()
+    model.zero_grad()
+    return capture
+
+
+def error(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rank=st.integers(1, 8),
+    sequences=st.integers(1, 4),
+    capabilities=st.integers(1, 5),
+    passes=st.integers(1, 3),
+    side=st.sampled_from(["left", "right"]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    checkpointing=st.sampled_from([None, True, False]),
+)
+def test_one_pass_equals_autograd(
+    seed, rank, sequences, capabilities, passes, side, dropout, checkpointing
+):
+    model = tiny(seed, rank, dropout, checkpointing)
+    batches = [batch(seed + i, sequences, side) for i in range(passes)]
+    advantages = [torch.randn(sequences, capabilities) for _ in batches]
+    capture = one_pass(model, batches, advantages)
+    assert not capture.missed and capture.fired == set(capture.parameters)
+    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-5
+
+
+def test_plain_gradient_stays_in_grad():
+    model, data = tiny(), batch(0, 3)
+    terms(model, *data).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    with capability_gradients(model, torch.randn(3, 2)):
+        terms(model, *data).sum().backward()
+    for a, p in zip(plain, (p for p in model.parameters() if p.requires_grad), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-7)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_one_pass_in_bfloat16():
+    model, data, weights = tiny(rank=8), [batch(0, 4)], [torch.randn(4, 3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = one_pass(model, data, weights).gradients
+        wanted = separate(model, data, weights)
+    assert error(found, wanted) <= 2e-2
+    assert nn.functional.cosine_similarity(found, wanted).min() >= 0.999
+
+
+def test_one_pass_under_nf4():
+    chosen = config.load("pocket", None, ["model.quantization=nf4", "model.lora_rank=8"]).model
+    base, _ = models.load(chosen, say=lambda line: None)
+    model = adapters.add_lora(base, chosen, 0).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    data, weights = [batch(0, 3, vocabulary=4000, length=20)], [torch.randn(3, 4)]
+    found = one_pass(model, data, weights).gradients
+    assert error(found, separate(model, data, weights)) <= 1e-5
+
+
+def test_a_bypassed_matrix_is_seen_and_replay_agrees():
+    """A stand-in for fused kernels: the forward reads the LoRA weights past their modules."""
+
+    model, data, weights = tiny(), batch(0, 3), torch.randn(3, 2)
+    matrix = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    matrix.forward = lambda x: x @ matrix.weight.T
+    with capability_gradients(model, weights) as capture:
+        terms(model, *data).sum().backward()
+    assert len(capture.missed) == 1 and "layers.0.self_attn.q_proj" in capture.missed[0]
+    with pytest.raises(CannotRun, match=r"bypass the capture, first .*q_proj"):
+        _ = capture.gradients
+    model.zero_grad()
+    replayed = gradients.replay(
+        model, [lambda k=k: (weights[:, k] * terms(model, *data)).sum() for k in range(2)]
+    )
+    assert replayed.engine == "replay"
+    assert error(replayed.gradients, separate(model, [data], [weights])) <= 1e-6
+
+
+def test_other_trainable_parameters_count_as_missed():
+    model = tiny()
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad_(True)
+    with capability_gradients(model, torch.ones(2, 1)) as capture:
+        terms(model, *batch(0, 2)).sum().backward()
+    assert capture.missed == ["base_model.model.model.norm.weight"]
+
+
+def test_flattened_sequences_count_as_missed():
+    model = nn.Linear(3, 2)
+    with capability_gradients(model, torch.ones(4, 2)) as capture:
+        model(torch.randn(12, 3)).sum().backward()
+    assert capture.missed == ["weight", "bias"]
+
+
+def test_shapes_are_checked():
+    model = nn.Linear(3, 2)
+    with pytest.raises(InputError, match=r"\(3,\), not \(N, 2\)"):
+        Capture(model, 2).next(torch.ones(3))
+    with pytest.raises(InputError, match="no trainable parameter"):
+        Capture(model.requires_grad_(False), 2)
+
+
+def test_parts_add_up_and_put_writes_the_direction():
+    model, weights = tiny(), [torch.randn(3, 3)]
+    capture = one_pass(model, [batch(0, 3)], weights)
+    parts = capture.by(lambda name: name.split(".")[4])
+    assert set(parts) == {"0", "1"}
+    assert torch.allclose(sum(parts.values()), capture.gramian, rtol=1e-4)
+    coefficients = torch.tensor([0.5, -1.0, 2.0])
+    capture.put(coefficients)
+    written = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert torch.allclose(written, coefficients @ capture.gradients, atol=1e-6)
+
+
+def test_halves_add_up_to_the_whole():
+    model, data, weights = tiny(), [batch(0, 4)], torch.randn(4, 2)
+    whole = one_pass(model, data, [weights]).gradients
+    both = one_pass(model, data, [gradients.halves(weights)])
+    assert torch.allclose(both.gradients[:2] + both.gradients[2:], whole, atol=1e-6)
+    assert gradients.reliability(both.gramian).shape == (2,)
+
+
+def test_identity_advantages_give_the_gram_matrix_of_sequences():
+    model, data, weights = tiny(), [batch(0, 4)], torch.randn(4, 2)
+    gram = one_pass(model, data, [torch.eye(4)]).gramian
+    assert torch.allclose(weights.T @ gram @ weights, one_pass(model, data, [weights]).gramian)
+
+
+def test_a_longer_capture_sees_several_contexts():
+    model, weights = tiny(), torch.randn(2, 2)
+    data = [batch(0, 2), batch(1, 2)]
+    capture = Capture(model, 2)
+    for one in data:
+        with watch(model, capture):
+            capture.next(weights)
+            terms(model, *one).sum().backward()
+    assert error(capture.gradients, one_pass(model, data, [weights] * 2).gradients) <= 1e-6
+
+
+# --- combinations -----------------------------------------------------------------------------
+
+
+def rows(seed, count=3, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64)
+
+
+HERE = [m for m in gradients.COMBINATIONS if m != "cagrad"]  # cvxpy is not among the pins
+
+
+@pytest.mark.parametrize("method", ["dual_cone", "upgrad"])
+def test_cone_steps_oppose_no_objective(method):
+    for seed in range(1000):
+        g = rows(seed, 2 + seed % 4, 3 + seed % 7) * 10.0 ** (seed % 9 - 6)
+        preference = torch.rand(len(g), generator=torch.Generator().manual_seed(seed)) + 0.01
+        preference[0] *= seed % 3 > 0  # now and then one that only constrains
+        step = combine(g @ g.T, method, preference) @ g
+        along = g @ step / (g.norm(dim=1) * g.norm(dim=1).max() * preference.sum())
+        assert along.min() >= -1e-6, seed
+
+
+@pytest.mark.parametrize("method", HERE)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_constraint_is_never_opposed(method, seed):
+    g = rows(seed, 4)
+    step = combine(g @ g.T, method, [0.5, 0.3, 0.2, 0.0]) @ g
+    assert g[3] @ step >= -1e-6
+
+
+@pytest.mark.parametrize("method", [m for m in HERE if m not in ("random", "mgda")])
+def test_without_conflict_nothing_is_bent(method):
+    g = torch.eye(3, dtype=torch.float64)
+    assert torch.allclose(
+        combine(g, method, [0.5, 0.3, 0.2]), torch.tensor([0.5, 0.3, 0.2]).double()
+    )
+
+
+def angle(degrees, length=1.0):
+    """Gramian of a unit gradient and one of that length at that angle."""
+    turn = torch.tensor(degrees).deg2rad()
+    g = torch.tensor([[1.0, 0.0], [length * turn.cos(), length * turn.sin()]])
+    return g.double(), (g @ g.T).double()
+
+
+def test_known_angles():
+    g, gram = angle(120.0)
+    half = torch.tensor([0.5, 0.5])
+    # PCGrad (arXiv 2001.06782, algorithm 1): each less its part along the other: c = 1 + 1/2.
+    assert torch.allclose(combine(gram, "pcgrad", half), torch.tensor([0.75, 0.75]).double())
+    # UPGrad with two conflicting gradients does the same.
+    assert torch.allclose(combine(gram, "upgrad", half), torch.tensor([0.75, 0.75]).double())
+    # Dual cone: the mean opposes neither, so it stays.
+    assert torch.allclose(combine(gram, "dual_cone", half), half.double())
+    # MGDA of equal lengths: the middle of the segment.
+    assert torch.allclose(combine(gram, "mgda", half), half.double(), atol=1e-4)
+    # Dual cone with preference for the first alone: it less its part along the second.
+    step = combine(gram, "dual_cone", [1.0, 0.0]) @ g
+    assert abs(step @ g[1]) < 1e-7 and abs(step @ g[0] - 0.75) < 1e-7
+
+
+def test_mgda_of_unequal_lengths_is_the_nearest_point_to_zero():
+    _, gram = angle(90.0, length=2.0)
+    assert torch.allclose(
+        combine(gram, "mgda", [0.5, 0.5]), torch.tensor([0.8, 0.2]).double(), atol=1e-3
+    )
+
+
+def test_aligned_mtl_makes_the_gradients_orthogonal_and_of_one_length():
+    """arXiv 2305.19000, section 3.2: the nearest matrix whose singular values are all the least."""
+    g = rows(3)
+    parts = torch.stack(
+        [combine(g @ g.T, "aligned_mtl", e) for e in (1e-9 + torch.eye(3)).double()]
+    )
+    aligned = parts @ g
+    wanted = torch.linalg.svdvals(g)[-1] ** 2 * torch.eye(3, dtype=torch.float64)
+    assert torch.allclose(aligned @ aligned.T, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [m for m in HERE if m != "random"])
+def test_scale_and_order_do_not_matter(method):
+    g = rows(5, 2)
+    preference = torch.tensor([0.7, 0.3]).double()
+    found = combine(g @ g.T, method, preference)
+    assert torch.allclose(combine(g @ g.T * 1e-14, method, preference), found, atol=1e-6)
+    turned = combine((g @ g.T).flip(0, 1), method, preference.flip(0)).flip(0)
+    assert torch.allclose(turned, found, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_absent_gradients_take_no_part(method):
+    g = rows(6)
+    g[1] = 0
+    found = combine(g @ g.T, method, [0.2, 0.5, 0.3])
+    assert found[1] == 0.5 and (found @ g).norm() > 1e-3
+    assert torch.equal(
+        combine(torch.zeros(3, 3), method, [0.2, 0.5, 0.3]), torch.tensor([0.2, 0.5, 0.3])
+    )
+    broken = torch.full((2, 2), float("nan"))
+    assert torch.equal(combine(broken, method, [0.4, 0.6]), torch.tensor([0.4, 0.6]))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("method", [m for m in HERE if m != "random"])
+def test_descent_on_quadratics_ends_where_theory_says(count, method):
+    """f_k = |x - m_k|²/2: the Pareto set is the hull of the m_k; `sum` ends in its mean."""
+    centres = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]).double()[:count]
+    preference = torch.tensor([0.5, 0.3, 0.2]).double()[:count]
+    preference /= preference.sum()
+    x = torch.tensor([3.0, 2.5]).double()
+    for step in range(4000):
+        g = x - centres
+        x = x - 0.5 / (1 + step / 50) * combine(g @ g.T, method, preference) @ g
+    weights = torch.linalg.lstsq(
+        torch.cat([centres.T, torch.ones(1, count).double()]), torch.cat([x, torch.ones(1)])
+    ).solution
+    if method in ("sum", "dual_cone"):
+        assert torch.allclose(x, preference @ centres, atol=5e-2 if method == "dual_cone" else 1e-3)
+    assert weights.min() >= -1e-2 and torch.allclose(weights @ centres, x, atol=1e-2)
+
+
+def test_combine_refuses_nonsense():
+    with pytest.raises(InputError, match="combination 'pcgard': use one of sum, pcgrad"):
+        combine(torch.eye(2), "pcgard")
+    with pytest.raises(InputError, match="2 weights of 0 or more"):
+        combine(torch.eye(2), "sum", [1.0, -1.0])
+    with pytest.raises(CannotRun, match="cagrad"):
+        combine(torch.eye(2), "cagrad")
+
+
+def test_adam_scale_is_adams_own():
+    """With beta1 = 0, a step changes the parameters by rate times scale times gradient."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.0, 0.9))
+    assert gradients.adam_scale(optimizer, model.parameters()) is None
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    model(torch.randn(4, 3)).square().sum().backward()
+    grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    scale = gradients.adam_scale(optimizer, model.parameters())
+    assert torch.allclose(before - after, 0.1 * scale * grad, atol=1e-6)
