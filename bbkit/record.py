@@ -93,6 +93,14 @@ def machine() -> dict[str, Any]:
     return {"hardware": hardware, "versions": versions, "git": _git(Path(__file__).parent)}
 
 
+def peak_bytes() -> int:
+    """Most resident memory that this process has had."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
 def _git(folder: Path) -> dict[str, Any]:
     def git(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]

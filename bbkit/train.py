@@ -203,17 +203,10 @@ def execute(
                 trainer = grpo.build(model, tokenizer, order, settings, adapter.parent, [hooks])
             hooks.train(trainer)
             adapters.save_adapter(model, adapter)
-            run.done(stage, seconds=hooks.seconds, peak_gib=_peak_gib())
+            run.done(stage, seconds=hooks.seconds, peak_gib=round(record.peak_bytes() / 2**30, 2))
         evaluate_stage(stage)
     adapters.save_adapter(model, run.folder / "adapter")
     print(f"report: {report.write(run.folder)}")
-
-
-def _peak_gib() -> float:
-    import resource
-
-    scale = 2**20 if sys.platform != "darwin" else 2**30  # ru_maxrss is KiB, on macOS bytes
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 2)
 
 
 def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:

@@ -1,0 +1,341 @@
+"""What per-capability gradients cost: ratios to plain TRL, measured in one process, interleaved.
+
+`python -m bbkit.benchmark` prints a table and writes JSON. Serves the claim that Capability-Aware
+GRPO comes at no cost. Each round runs every variant once, in a new order, from the same seed;
+figures are medians over rounds of the ratio to the plain variant of the same round, so that a
+machine that others use too disturbs both alike.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bbkit import config, files, record
+from bbkit.config import CannotRun, InputError
+
+BACKWARD = ("plain", "one_pass", "backward_per_capability", "replay", "autojac")
+WORDS = "fever cough rash virus worm liver blood skin lung bone".split()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m bbkit.benchmark`."""
+    p = argparse.ArgumentParser(
+        prog="python -m bbkit.benchmark", description=__doc__.split("\n")[0]
+    )
+    p.add_argument("--preset", default="pocket", help="model and adapter: one of the presets")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of it")
+    p.add_argument("--capabilities", type=int, nargs="+", default=[2, 4, 8], metavar="K")
+    p.add_argument("--rank", type=int, nargs="+", default=[8, 64], help="of the LoRA matrices")
+    p.add_argument("--sequences", type=int, default=8, help="per micro-batch")
+    p.add_argument("--tokens", type=int, default=128, help="per sequence, half of them completion")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
+    p.add_argument("--peak", choices=BACKWARD, help=argparse.SUPPRESS)  # a process of its own
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        if args.peak:
+            print(json.dumps(_peak(args)))
+            return 0
+        return _main(args)
+    except (InputError, CannotRun) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 3
+
+
+def _main(args: argparse.Namespace) -> int:
+    rows = []
+    head = ["model", "K", "rank", "variant", "backward", "forward+backward", "step", "+generation"]
+    print(" | ".join([*head, "peak MB"]), flush=True)
+    for rank in args.rank:
+        for count in args.capabilities:
+            settings = _settings(args, rank)
+            model, tokenizer = _model(settings)
+            found = backward_ratios(model, count, args.sequences, args.tokens, args.rounds)
+            steps = step_ratios(model, tokenizer, count, args.tokens // 2, args.rounds)
+            for variant in BACKWARD:
+                row = {"model": settings.model.name, "capabilities": count, "rank": rank}
+                row |= {"variant": variant, **found[variant], **steps.get(variant, {})}
+                row["peak_bytes"] = _peak_elsewhere(args, rank, count, variant)
+                rows.append(row)
+                cells = [row.get(k) for k in ("backward", "both", "step", "step_with_generation")]
+                shown = ["-" if c is None else f"{c:.3f}" for c in cells]
+                peak = f"{row['peak_bytes'] / 1e6:,.0f}"
+                name = Path(settings.model.name).name
+                print(" | ".join([name, str(count), str(rank), variant, *shown, peak]), flush=True)
+    if args.out:
+        facts = {"rows": rows, "arguments": vars(args) | {"out": str(args.out)}}
+        text = json.dumps(facts | {"machine": record.machine()}, indent=1, default=str)
+        files.write_bytes(args.out, text.encode())
+    return 0
+
+
+def backward_ratios(
+    model, capabilities: int, sequences: int, tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Per variant median ratios to plain: {"backward"} alone, {"both"} with the forward part.
+
+    One micro-batch of random tokens; the terms are mean log-likelihoods of the second half.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(sequences, capabilities, generator=generator)
+    ids = torch.randint(model.config.vocab_size, (sequences, tokens), generator=generator)
+    seconds: dict[str, list[tuple[float, float]]] = {v: [] for v in BACKWARD}
+    for turn in range(rounds + 1):
+        for variant in random.Random(turn).sample(BACKWARD, len(BACKWARD)):
+            times = VARIANTS[variant](model, ids, weights)
+            if turn:  # the first round warms up
+                seconds[variant].append(times)
+    return {
+        variant: {
+            "backward": _ratio([t[1] for t in times], [t[1] for t in seconds["plain"]]),
+            "both": _ratio([sum(t) for t in times], [sum(t) for t in seconds["plain"]]),
+        }
+        for variant, times in seconds.items()
+    }
+
+
+def _ratio(some: Sequence[float], plain: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(some, plain, strict=True))
+
+
+def _terms(model, ids):
+    import torch
+
+    half = ids.shape[1] // 2
+    logits = model(input_ids=ids, logits_to_keep=half + 1).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), ids[:, half:], reduction="none"
+    )
+    return loss.mean(1)
+
+
+def _timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[float, float]:
+    import torch
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    out = forward()
+    middle = now()
+    backward(out)
+    return middle - start, now() - middle
+
+
+def _plain(model, ids, weights) -> tuple[float, float]:
+    times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
+    model.zero_grad()
+    return times
+
+
+def _one_pass(model, ids, weights) -> tuple[float, float]:
+    from bbkit import gradients
+
+    with gradients.capability_gradients(model, weights) as capture:
+        times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
+    assert not capture.missed
+    model.zero_grad()
+    return times
+
+
+def _backward_per_capability(model, ids, weights) -> tuple[float, float]:
+    from bbkit import gradients
+
+    capture = gradients.Capture(model, weights.shape[1])
+
+    def backward(terms):
+        for k, column in enumerate(weights.T):
+            (column * terms).sum().backward(retain_graph=k < len(weights.T) - 1)
+            capture.take(k)
+
+    return _timed(lambda: _terms(model, ids), backward)
+
+
+def _replay(model, ids, weights) -> tuple[float, float]:
+    from bbkit import gradients
+
+    capture = gradients.Capture(model, weights.shape[1])
+    forward = backward = 0.0
+    for k in range(weights.shape[1]):
+
+        def loss_backward(terms, column=weights[:, k]):
+            (column * terms).sum().backward()
+
+        times = _timed(lambda: _terms(model, ids), loss_backward)
+        capture.take(k)
+        forward, backward = forward + times[0], backward + times[1]
+    return forward, backward
+
+
+def _autojac(model, ids, weights) -> tuple[float, float]:
+    from torchjd import autojac
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    times = _timed(
+        lambda: weights.T @ _terms(model, ids),
+        lambda losses: autojac.backward(losses, inputs=trainable, parallel_chunk_size=1),
+    )
+    for p in trainable:
+        del p.jac
+    return times
+
+
+VARIANTS = {
+    "plain": _plain,
+    "one_pass": _one_pass,
+    "backward_per_capability": _backward_per_capability,
+    "replay": _replay,
+    "autojac": _autojac,
+}
+
+
+def step_ratios(
+    model, tokenizer, capabilities: int, tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """The same for whole optimiser steps of TRL's trainer and of the capability-aware one.
+
+    {"step"} without, {"step_with_generation"} with sampling the completions.
+    """
+    import torch
+    from trl import GRPOTrainer
+
+    from bbkit.capability import capability_aware
+
+    class Timed(GRPOTrainer):
+        """Counts the seconds that sampling and scoring take."""
+
+        def _generate_and_score_completions(self, inputs):
+            start = time.perf_counter()
+            found = super()._generate_and_score_completions(inputs)
+            self.sampling = time.perf_counter() - start
+            return found
+
+    made: dict[str, Any] = {"plain": Timed, "one_pass": capability_aware(Timed)}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            n: _trainer(c, model, tokenizer, capabilities, tokens, folder) for n, c in made.items()
+        }
+        for turn in range(rounds + 1):
+            for name in random.Random(turn).sample(sorted(trainers), len(trainers)):
+                torch.manual_seed(turn)
+                whole = _step(trainers[name])
+                if turn:
+                    seconds[name].append((whole - trainers[name].sampling, whole))
+    plain = seconds["plain"]
+    return {
+        name: {
+            "step": _ratio([t[0] for t in times], [t[0] for t in plain]),
+            "step_with_generation": _ratio([t[1] for t in times], [t[1] for t in plain]),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def _trainer(made, model, tokenizer, capabilities: int, tokens: int, folder: str):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from bbkit.adapters import keep_float32
+
+    def reward(word: str):
+        def share(completions, **_):
+            return [text.count(word[0]) / (1 + len(text)) for text in completions]
+
+        share.__name__ = word
+        return share
+
+    rewards = [reward(WORDS[k % len(WORDS)]) for k in range(capabilities)]
+    on_gpu = next(model.parameters()).is_cuda
+    arguments = GRPOConfig(
+        output_dir=folder, max_steps=1, per_device_train_batch_size=4, num_generations=4,
+        gradient_accumulation_steps=2, steps_per_generation=2, max_completion_length=tokens,
+        use_cpu=not on_gpu, bf16=False, report_to="none", beta=0.0, loss_type="dapo",
+        gradient_checkpointing=False, learning_rate=1e-6,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": f"Tell me about {w}."} for w in WORDS])
+    with keep_float32(model):
+        trainer = made(
+            model=model, reward_funcs=rewards, args=arguments, train_dataset=rows,
+            processing_class=tokenizer,
+        )  # fmt: skip
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
+    trainer.batch = next(iter(trainer.get_train_dataloader()))
+    return trainer
+
+
+def _step(trainer) -> float:
+    """Seconds of one optimiser step, as transformers' own loop makes it."""
+    import torch
+
+    passes = trainer.args.gradient_accumulation_steps
+    start = time.perf_counter()
+    for i in range(passes):
+        trainer.accelerator.gradient_state._set_sync_gradients(i == passes - 1)
+        trainer.training_step(trainer.model, trainer.batch)
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    return time.perf_counter() - start
+
+
+def _settings(args: argparse.Namespace, rank: int):
+    return config.load(args.preset, None, [*args.set, f"model.lora_rank={rank}"])
+
+
+def _model(settings):
+    from bbkit import adapters, models
+
+    model, tokenizer = models.load(settings.model, say=lambda line: None, offline=True)
+    return adapters.add_lora(model, settings.model, 0).train(), tokenizer
+
+
+def _peak(args: argparse.Namespace) -> int:
+    """Most bytes in use while one variant runs once: on CUDA allocated, else resident."""
+    import torch
+
+    model, _ = _model(_settings(args, args.rank[0]))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (args.sequences, args.tokens), generator=generator)
+    weights = torch.randn(args.sequences, args.capabilities[0], generator=generator)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    VARIANTS[args.peak](model, ids, weights)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return record.peak_bytes()
+
+
+def _peak_elsewhere(args: argparse.Namespace, rank: int, capabilities: int, variant: str) -> int:
+    """The peak in a process of its own: a peak never comes down again."""
+    command = [sys.executable, "-m", "bbkit.benchmark", "--preset", args.preset, "--peak", variant]
+    command += [f"--set={item}" for item in args.set]
+    command += ["--rank", str(rank), "--capabilities", str(capabilities)]
+    command += ["--sequences", str(args.sequences), "--tokens", str(args.tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CannotRun(f"benchmark: {variant}: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
