@@ -290,7 +290,7 @@ def _step(trainer) -> float:
     start = time.perf_counter()
     for i in range(passes):
         trainer.accelerator.gradient_state._set_sync_gradients(i == passes - 1)
-        trainer.training_step(trainer.model, trainer.batch)
+        trainer.training_step(trainer.model, trainer.batch, None)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.model.zero_grad()
