@@ -81,6 +81,7 @@ def capability_aware(
             self.controller = weighting.CONTROLLERS[controller](start, **control)
             self.capabilities = len(start)
             self.gramian: list | None = None  # of the last step's capabilities
+            self.micro_batches: list[dict] = []  # of this step so far
             # Rows: the capabilities, then the KL penalty, then retention, where there is one.
             rows = self.capabilities + bool(self.beta) + bool(retention)
             self.capture = gradients.Capture(self.model, rows)
@@ -119,7 +120,7 @@ def capability_aware(
             columns = inputs.get("capability_advantages")
             if columns is None or not self.model.training:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self.micro_batch = inputs
+            self.micro_batches.append(inputs)
             one_pass, kinds = self.gradient_engine == "one_pass", self.capabilities
             ones = torch.ones_like(columns[:, 0])
             passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
@@ -166,19 +167,26 @@ def capability_aware(
                 loss = super().training_step(model, inputs, num_items_in_batch)
             if one_pass and self.capture.missed:
                 missed = self.capture.missed
-                print(f"gradient engine replay: {len(missed)} matrices bypass {missed[0]}'s module")
+                print(f"gradient engine replay: {len(missed)} matrices missed, first {missed[0]}")
                 self.gradient_engine = "replay"
-                self.capture.clear()  # the first micro-batch: nothing else is in it
-                with self.compute_loss_context_manager():
-                    again = self.compute_loss(model, self.micro_batch)
-                self.accelerator.backward(again)
-            if self.gradient_engine == "replay":
-                self.capture.take(self.capabilities - (not self.beta))
+                self.capture.clear()
+                self.capture.drop()
+                again, self.micro_batches = self.micro_batches, []
+                for inputs in again:
+                    with self.compute_loss_context_manager():
+                        self.accelerator.backward(self.compute_loss(model, inputs))
+                    self._take_last()
+            elif not one_pass:
+                self._take_last()
             if self.accelerator.sync_gradients:
                 began = time.perf_counter()
                 self._combine()
                 self._note("seconds/combination", time.perf_counter() - began)
             return loss
+
+        def _take_last(self) -> None:
+            """The gradient of the last pass, which the trainer itself has sent back."""
+            self.capture.take(self.capabilities if self.beta else self.capabilities - 1)
 
         def _combine(self) -> None:
             """Put the combined gradient where the optimiser reads it, and log its parts."""
@@ -209,7 +217,7 @@ def capability_aware(
                 torch.manual_seed(self.args.seed + self.state.global_step)
                 found = gradients.combine(gramian, combination, preference)
             coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
-            coefficients[cone] = found
+            coefficients[cone] = found.to(rows)
             capture.put(coefficients * scale)
             cosines = gradients.cosines(gramian)
             for j, name in enumerate(names):
@@ -219,6 +227,7 @@ def capability_aware(
                     self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
             self.gramian = gramian[:kinds, :kinds].tolist()
             capture.clear()
+            self.micro_batches = []
 
         def _note(self, name: str, value: float) -> None:
             self._metrics["train"][name].append(value)

@@ -51,16 +51,20 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
     from torchjd import aggregation
     from torchjd.linalg import QuadprogProjector
 
-    # To unit trace: TorchJD's projector takes a trace below 1e-4 for 0 and then projects nothing,
-    # and a GRPO gradient is that small. The regularisation is the least that quadprog bears.
-    matrix = matrix / matrix.diagonal().sum()
+    # The cone does not know how long its rows are, but solvers do: TorchJD's projector takes a
+    # trace below 1e-4 for 0 and projects nothing, and a GRPO gradient is that small; its
+    # regularisation would let go of a short row beside long ones. So they see unit rows, and no
+    # negative eigenvalue, which rounding leaves in a float32 Gramian of parallel rows.
+    norm = matrix.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(matrix / torch.outer(norm, norm))
+    unit = (vectors * values.clamp(min=0.0)) @ vectors.T
     projector = QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
     if method == "dual_cone":
-        return aggregation.DualProjWeighting(wanted, projector)(matrix)
+        return aggregation.DualProjWeighting(wanted * norm, projector)(unit) / norm
     if method == "upgrad":
-        return aggregation.UPGradWeighting(wanted, projector)(matrix)
+        return aggregation.UPGradWeighting(wanted * norm, projector)(unit) / norm
     free = wanted > 0
-    part, weights = matrix[free][:, free], wanted[free]
+    part, weights = matrix[free][:, free] / norm.max() ** 2, wanted[free]
     scaled = part * torch.outer(weights, weights)  # of the weighted gradients w_k g_k
     if method == "sum":
         chosen = weights
@@ -71,7 +75,7 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
     elif method == "pcgrad":
         chosen = aggregation.PCGradWeighting()(scaled) * weights
     elif method == "mgda":
-        chosen = aggregation.MGDAWeighting(1e-6, 1000)(part) * weights.sum()
+        chosen = aggregation.MGDAWeighting(1e-6, 200)(part) * weights.sum()
     else:
         try:
             chosen = aggregation.CAGradWeighting(c=0.5)(scaled / scaled.diagonal().sum()) * weights
@@ -81,11 +85,10 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
     coefficients = torch.zeros_like(wanted)
     coefficients[free] = chosen
     if not free.all():  # A-GEM's projection: the nearest update that opposes no constraint
-        root = torch.linalg.cholesky(
-            matrix[~free][:, ~free] + 1e-12 * torch.eye(int((~free).sum()))
-        )
-        against = torch.linalg.solve_triangular(
-            root, matrix[~free] @ coefficients.unsqueeze(1), upper=False
-        )
-        coefficients[~free] = torch.from_numpy(nnls(root.T.numpy(), -against[:, 0].numpy())[0])
+        bound = ~free
+        root = torch.linalg.cholesky(unit[bound][:, bound] + 1e-12 * torch.eye(int(bound.sum())))
+        against = unit[bound] @ (coefficients * norm).unsqueeze(1)
+        inner = torch.linalg.solve_triangular(root, against, upper=False)[:, 0]
+        pushed = torch.from_numpy(nnls(root.T.numpy(), -inner.numpy())[0])
+        coefficients[bound] = pushed / norm[bound]
     return coefficients

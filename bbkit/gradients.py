@@ -24,8 +24,8 @@ __all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "replay
 class Capture:
     """The K gradients of a model's trainable parameters, as rows of one float32 matrix (K, P).
 
-    Columns follow `model.parameters()`, trainable ones only, each flattened. `touched` holds the
-    names of the parameters that got a gradient, `fired` of those that the one pass has seen.
+    Columns follow `model.parameters()`, trainable ones only, each flattened. Of the micro-batch in
+    hand `touched` names the parameters that got a gradient, `fired` those that the one pass saw.
     """
 
     def __init__(self, model: nn.Module, capabilities: int):
@@ -37,6 +37,7 @@ class Capture:
         self.engine = "one_pass"
         self.touched: set[str] = set()
         self.fired: set[str] = set()
+        self._missed_before: set[str] = set()
         self.advantages: Tensor | None = None
         width = sum(p.numel() for p in self.parameters.values())
         device = next(iter(self.parameters.values())).device
@@ -52,12 +53,17 @@ class Capture:
         if advantages.dim() != 2 or advantages.shape[1] != len(self._rows):
             wanted = f"(N, {len(self._rows)})"
             raise InputError(f"gradients: advantages are {tuple(advantages.shape)}, not {wanted}")
+        # Each micro-batch by itself: one that was seen does not vouch for the next.
+        self._missed_before.update(self.missed)
+        self.touched.clear()
+        self.fired.clear()
         self.advantages = advantages.detach().to(self._rows)
 
     @property
     def missed(self) -> list[str]:
         """Parameters that got a gradient past the capture: fused kernels, or no linear map."""
-        return [n for n in self.parameters if n in self.touched and n not in self.fired]
+        missed = self._missed_before | (self.touched - self.fired)
+        return [n for n in self.parameters if n in missed]
 
     @property
     def gradients(self) -> Tensor:
@@ -80,10 +86,10 @@ class Capture:
         return cosines(self.gramian)
 
     def clear(self) -> None:
-        """Start again: rows of 0, nothing seen, and no `.grad` but what `put` wrote."""
+        """Start again: rows of 0 and nothing seen; `.grad` stays as it is."""
         self._rows.zero_()
-        self.touched.clear()
-        self.fired.clear()
+        for seen in (self.touched, self.fired, self._missed_before):
+            seen.clear()
 
     def drop(self) -> None:
         """Forget what stands in `.grad`."""
@@ -108,9 +114,10 @@ class Capture:
     def by(self, group: Callable[[str], str]) -> dict[str, Tensor]:
         """Gramians (K, K) of parts of the model; `group` names the part of a parameter's name."""
         parts: dict[str, Tensor] = {}
-        for name in self.parameters if self.gradients is not None else ():
-            key, block = group(name), self._parts[name]
-            parts[key] = parts.get(key, 0) + block @ block.T
+        blocks = self.gradients.split([p.numel() for p in self.parameters.values()], dim=1)
+        for name, block in zip(self.parameters, blocks, strict=True):
+            key = group(name)
+            parts[key] = parts.get(key, 0) + gramian(block)
         return parts
 
     def _add(self, name: str, block: Tensor) -> None:
@@ -160,8 +167,8 @@ def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Captu
 
     `advantages` (N, K) follow the batch; `loss` is Σ_i ℓ_i, the terms at unit advantage, and the
     batch is the first dimension of what each layer gets. Several backward passes add up, each after
-    `capture.next(advantages)`. `.grad` gets the gradient of `loss` as ever. Engine and identity:
-    DESIGN 3 and arXiv 1510.01799, there with one advantage per sequence as an output.
+    `capture.next(advantages)`. `.grad` gets the gradient of `loss` as ever. Gradients of single
+    sequences as in arXiv 1510.01799, here contracted with the advantages at once.
 
     >>> model = nn.Linear(3, 1, bias=False)
     >>> x, advantages = torch.randn(4, 3), torch.randn(4, 2)
@@ -232,9 +239,15 @@ def replay(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Capture:
 def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
     """(K, K) inner products ⟨g_j, S g_k⟩ of rows (K, P), S = diag(scale) (P,) or the identity.
 
-    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps.
+    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps. Summed in
+    float64, a piece at a time: where capabilities conflict, what is left of their sum is small.
     """
-    return (gradients if scale is None else gradients * scale) @ gradients.T
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for start in range(0, gradients.shape[1], 2**18):
+        piece = gradients[:, start : start + 2**18].double()
+        scaled = piece if scale is None else piece * scale[start : start + 2**18]
+        total += (scaled @ piece.T).cpu()
+    return total
 
 
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:

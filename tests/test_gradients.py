@@ -148,6 +148,16 @@ def test_a_bypassed_matrix_is_seen_and_replay_agrees():
     assert error(replayed.gradients, separate(model, [data], [weights])) <= 1e-6
 
 
+def test_one_bypassed_micro_batch_among_seen_ones_counts_as_missed():
+    model = nn.Linear(3, 2)
+    for flattened in (0, 1, 2):
+        with capability_gradients(model, torch.ones(4, 2)) as capture:
+            for i in range(3):
+                capture.next(torch.ones(4, 2))
+                model(torch.randn(12 if i == flattened else 4, 3)).sum().backward()
+        assert capture.missed == ["weight", "bias"], flattened
+
+
 def test_other_trainable_parameters_count_as_missed():
     model = tiny()
     norm = model.base_model.model.model.norm.weight
@@ -195,7 +205,8 @@ def test_halves_add_up_to_the_whole():
 def test_identity_advantages_give_the_gram_matrix_of_sequences():
     model, data, weights = tiny(), [batch(0, 4)], torch.randn(4, 2)
     gram = one_pass(model, data, [torch.eye(4)]).gramian
-    assert torch.allclose(weights.T @ gram @ weights, one_pass(model, data, [weights]).gramian)
+    wanted = one_pass(model, data, [weights]).gramian
+    assert torch.allclose(weights.double().T @ gram @ weights.double(), wanted, rtol=1e-4)
 
 
 def test_a_longer_capture_sees_several_contexts():
@@ -224,10 +235,11 @@ HERE = [m for m in gradients.COMBINATIONS if m != "cagrad"]  # cvxpy is not amon
 def test_cone_steps_oppose_no_objective(method):
     for seed in range(1000):
         g = rows(seed, 2 + seed % 4, 3 + seed % 7) * 10.0 ** (seed % 9 - 6)
+        g[-1] *= 10.0 ** -(seed % 5)  # a short one beside long ones counts as much
         preference = torch.rand(len(g), generator=torch.Generator().manual_seed(seed)) + 0.01
         preference[0] *= seed % 3 > 0  # now and then one that only constrains
         step = combine(g @ g.T, method, preference) @ g
-        along = g @ step / (g.norm(dim=1) * g.norm(dim=1).max() * preference.sum())
+        along = g @ step / (g.norm(dim=1) * (preference.double() @ g.norm(dim=1)))
         assert along.min() >= -1e-6, seed
 
 
@@ -235,8 +247,9 @@ def test_cone_steps_oppose_no_objective(method):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_constraint_is_never_opposed(method, seed):
     g = rows(seed, 4)
+    g[3] *= 10.0 ** -(seed % 5)
     step = combine(g @ g.T, method, [0.5, 0.3, 0.2, 0.0]) @ g
-    assert g[3] @ step >= -1e-6
+    assert g[3] @ step >= -1e-6 * g[3].norm() * g[:3].norm()
 
 
 @pytest.mark.parametrize("method", [m for m in HERE if m not in ("random", "mgda")])
@@ -245,6 +258,14 @@ def test_without_conflict_nothing_is_bent(method):
     assert torch.allclose(
         combine(g, method, [0.5, 0.3, 0.2]), torch.tensor([0.5, 0.3, 0.2]).double()
     )
+
+
+@pytest.mark.parametrize("method", HERE)
+def test_rounded_gramians_of_parallel_rows_are_borne(method):
+    for seed in range(50):
+        g = rows(seed, 2 + seed % 4, 2).float()
+        g[0] = -0.3 * g[1]
+        assert torch.isfinite(combine(g @ g.T, method)).all(), seed
 
 
 def angle(degrees, length=1.0):
@@ -314,19 +335,27 @@ def test_absent_gradients_take_no_part(method):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("method", [m for m in HERE if m != "random"])
 def test_descent_on_quadratics_ends_where_theory_says(count, method):
-    """f_k = |x - m_k|²/2: the Pareto set is the hull of the m_k; `sum` ends in its mean."""
+    """f_k = |x - m_k|²/2: the Pareto set is the hull of the m_k.
+
+    `sum` ends in their preferred mean. A cone method ends where its path meets the Pareto set,
+    which may be elsewhere, and no f_k rises on the way but by the second order of the step.
+    """
     centres = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]).double()[:count]
     preference = torch.tensor([0.5, 0.3, 0.2]).double()[:count]
     preference /= preference.sum()
     x = torch.tensor([3.0, 2.5]).double()
-    for step in range(4000):
-        g = x - centres
-        x = x - 0.5 / (1 + step / 50) * combine(g @ g.T, method, preference) @ g
+    for step in range(200 if method == "mgda" else 600):  # TorchJD's MGDA is slow
+        g, rate = x - centres, 0.5 / (1 + step / 20)
+        move = rate * combine(g @ g.T, method, preference) @ g
+        before, x = g.square().sum(1) / 2, x - move
+        if method in ("dual_cone", "upgrad"):
+            risen = (x - centres).square().sum(1) / 2 - before
+            assert risen.max() <= move.square().sum() / 2 + 1e-7
     weights = torch.linalg.lstsq(
         torch.cat([centres.T, torch.ones(1, count).double()]), torch.cat([x, torch.ones(1)])
     ).solution
-    if method in ("sum", "dual_cone"):
-        assert torch.allclose(x, preference @ centres, atol=5e-2 if method == "dual_cone" else 1e-3)
+    if method == "sum":
+        assert torch.allclose(x, preference @ centres, atol=1e-3)
     assert weights.min() >= -1e-2 and torch.allclose(weights @ centres, x, atol=1e-2)
 
 
