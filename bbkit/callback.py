@@ -82,7 +82,7 @@ class Recorder(TrainerCallback):
             _key(k): float(v) for k, v in logs.items() if k not in LEFT_OUT and _is_number(v)
         }
         if self.stage == "grpo":
-            row["gradient_engine"] = "trl"
+            row["gradient_engine"] = self.trainer.gradient_engine
         self.run.log(self.stage, state.global_step, row)
         shown = {k.partition("/")[2]: f"{v:.2f}" for k, v in row.items() if k.startswith("reward/")}
         self.bar.set_postfix(shown or {"loss": f"{row['loss']:.2f}"})

@@ -36,6 +36,9 @@ Optimizer = Literal[
     "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"
 ]
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Combination = Literal[
+    "sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dual_cone", "random"
+]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -83,6 +86,7 @@ class Sft:
     optimizer: Optimizer = "adamw_torch"
     scheduler: Scheduler = "linear"
     loss_type: Literal["nll", "chunked_nll"] = "nll"
+    retention: Whole = 0
     save_steps: Count = 50
 
 
@@ -91,6 +95,15 @@ class Weights:
     domain: Positive = 1.0
     reasoning: Positive = 1.0
     format: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class Controller:
+    rule: Literal["fixed", "deficit", "variance", "covariance", "agreement"] = "fixed"
+    rate: Positive = 0.1
+    ema: Share = 0.9
+    target: Positive = 1.0
+    floor: Share = 0.05
 
 
 @dataclass(frozen=True)
@@ -111,9 +124,13 @@ class Grpo:
     beta: Positive = 0.0
     epsilon: Share = 0.2
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     weights: Weights = field(default_factory=Weights)
+    controller: Controller = field(default_factory=Controller)
+    advantages: Literal["capability", "gdpo", "grpo", "dr_grpo"] = "grpo"
+    sigma_floor: Share = 0.1
+    combination: Combination = "sum"
+    metric: Literal["euclidean", "adam"] = "euclidean"
+    retention: Whole = 0
     instruction_share: Share = 0.25
     updates_per_generation: Count = 1
     mask_truncated: bool = False
@@ -340,13 +357,15 @@ def _consistent(s: Settings) -> Settings:
     """Checks across keys, each a line that names them."""
     sft, g, batch, longest = s.sft, s.grpo, s.grpo.prompts * s.grpo.generations, s.model.max_length
     below, unnamed = "must be below model.max_length", "names no data card: name one or set"
-    unasked = "grpo.loss_type=dr_grpo wants grpo.scale_rewards none or batch (unsloth drops group)"
     idle = "scheduler=constant ignores warmup_steps: take constant_with_warmup, or 0 warmup steps"
     broken = (
         (sft.batch_size % sft.micro_batch_size, "sft.micro_batch_size must divide sft.batch_size"),
         (batch % g.micro_batch_size, "grpo.micro_batch_size must divide prompts x generations"),
         (sum(vars(g.weights).values()) == 0, "grpo.weights must not all be 0"),
-        (g.loss_type == "dr_grpo" and g.scale_rewards == "group", unasked),
+        (
+            g.controller.floor * 3 >= 1,
+            "grpo.controller.floor must be below 1/3: there are 3 rewards",
+        ),
         (g.max_completion_length >= longest, f"grpo.max_completion_length {below}"),
         (s.evaluation.max_new_tokens >= longest, f"evaluation.max_new_tokens {below}"),
         (sft.steps and not s.data.sft, f"data.sft {unnamed} sft.steps=0"),

@@ -1,8 +1,8 @@
-"""GRPO with the three rewards on TRL's GRPOTrainer.
+"""The kit's GRPO run: capability-aware GRPO with the three rewards on its own prompts.
 
 Serves the claim on Capability-Aware GRPO (no value network). Prompts come in an order fixed by the
 seed, each step with its share of general instructions, which carry the format reward alone; the
-other rewards are None there. Raw rewards and their in-group spread are logged unweighted.
+other rewards are None there. The trainer itself is bbkit.capability.
 """
 
 import random
@@ -67,30 +67,24 @@ def reward_functions(examples: Sequence[Example]) -> list:
 
 
 def build(
-    model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=()
-):
-    """A GRPOTrainer over `order` (see `schedule`) for a model that carries its LoRA matrices.
+    model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
+    retention=None,
+):  # fmt: skip
+    """A capability-aware GRPOTrainer over `order` (see `schedule`) for a model with its LoRA on.
 
-    The trainer's class is made here, after the import of trl: unsloth replaces that class when it
-    is imported, and a subclass made before would bypass it.
+    `retention` as in `capability.capability_aware`.
     """
-    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     from bbkit.adapters import keep_float32
+    from bbkit.capability import capability_aware
 
     class Trainer(GRPOTrainer):
-        """TRL's trainer that also logs each reward's in-group spread and the unparsed share."""
+        """TRL's trainer that also logs the unparsed share and keeps samples for the run folder."""
 
         def _calculate_rewards(self, inputs, prompts_, completions, completion_ids_list):
             matrix = super()._calculate_rewards(inputs, prompts_, completions, completion_ids_list)
-            grouped = matrix.view(-1, self.num_generations, matrix.shape[1])
-            spread = grouped.std(dim=1, correction=0)  # (groups, K); NaN where not applicable
-            for k, name in enumerate(CAPABILITIES):
-                known = spread[:, k][~torch.isnan(spread[:, k])]
-                self._log_metric(f"sigma/{name}", known.mean().item() if len(known) else 0.0)
-                self._log_metric(f"weight/{name}", float(self.reward_weights[k]))
             asked = [
                 (order[x["index"]], c[0]["content"])
                 for x, c in zip(inputs, completions, strict=True)
@@ -124,8 +118,8 @@ def build(
         beta=section.beta,
         epsilon=section.epsilon,
         loss_type=section.loss_type,
-        scale_rewards=section.scale_rewards,
-        multi_objective_aggregation=section.aggregation,
+        scale_rewards="none",  # the advantages are capability_aware's
+        multi_objective_aggregation="sum_then_normalize",
         reward_weights=[getattr(section.weights, k) for k in CAPABILITIES],
         mask_truncated_completions=section.mask_truncated,
         shuffle_dataset=False,  # `order` is the order
@@ -135,8 +129,18 @@ def build(
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
     )
+    trainer = capability_aware(
+        Trainer,
+        advantages=section.advantages,
+        sigma_floor=section.sigma_floor,
+        combination=section.combination,
+        metric=section.metric,
+        controller=section.controller.rule,
+        retention=retention,
+        **{k: getattr(section.controller, k) for k in ("rate", "ema", "target", "floor")},
+    )
     with keep_float32(model):
-        return Trainer(
+        return trainer(
             model=model,
             reward_funcs=reward_functions(order),
             args=config,

@@ -74,16 +74,19 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
 
 
 def build(
-    model, tokenizer, examples: Sequence[Example], settings: Settings, folder: Path, callbacks=()
-):
+    model, tokenizer, examples: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
+    retained=None,
+):  # fmt: skip
     """An SFTTrainer ready to train (or to resume) a model that already carries its LoRA matrices.
 
     `examples` are drawn in an order fixed by the seed. Prompt tokens carry no loss; the end token
     does, since padding has a token of its own (a model whose pad is its end never learns to stop).
+    `retained(model, step)` is a loss that no step may raise (bbkit.retention).
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from bbkit import retention
     from bbkit.adapters import keep_float32
 
     section = settings.sft
@@ -99,8 +102,9 @@ def build(
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
     )
+    trainer = retention.retaining(SFTTrainer, retained) if retained else SFTTrainer
     with keep_float32(model):
-        return SFTTrainer(
+        return trainer(
             model=model,
             args=config,
             train_dataset=Dataset.from_list(rows(examples)),

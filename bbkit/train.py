@@ -18,6 +18,7 @@ from bbkit.config import CannotRun, InputError, Settings, Unhealthy
 from bbkit.prompts import Example
 
 STAGES = ("sft", "grpo", "evaluate")
+ANCHORS = 64  # replies of the base that retention draws from
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,7 +161,7 @@ def execute(
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
     import torch
 
-    from bbkit import adapters, data, grpo, models, prompts, report, sft
+    from bbkit import adapters, data, grpo, models, prompts, report, retention, sft
     from bbkit.callback import Recorder
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
@@ -179,6 +180,16 @@ def execute(
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
     evaluate_stage("base")
+    asked = [e for e in rows["grpo"] if e.task != "instruction"]
+    general = [e for e in rows["grpo"] if e.task == "instruction"]
+    anchors: list[str] = []
+    if settings.sft.retention or settings.grpo.retention:  # before any LoRA: the base's replies
+        if not general:
+            raise InputError("retention: data.grpo names no general instructions to keep; add some")
+        anchors = retention.anchors(
+            run.folder / "anchors.jsonl", model, tokenizer, general[:ANCHORS],
+            settings.grpo.max_completion_length, settings.evaluation.batch_tokens,
+        )  # fmt: skip
     model = adapters.add_lora(model, settings.model, settings.run.seed)
     for stage in ("sft", "grpo"):
         section = getattr(settings, stage)
@@ -189,18 +200,24 @@ def execute(
             adapters.load_adapter(model, adapter)
         else:
             hooks = Recorder(run, stage, section.steps, settings)
+            kept = None
+            if section.retention:
+                kept = retention.loss(
+                    tokenizer, general[:ANCHORS], anchors, section.retention,
+                    settings.model.max_length, settings.run.seed,
+                )  # fmt: skip
             if stage == "sft":
                 trainer = sft.build(
-                    model, tokenizer, rows["sft"], settings, adapter.parent, [hooks]
+                    model, tokenizer, rows["sft"], settings, adapter.parent, [hooks], kept
                 )
             else:
-                asked = [e for e in rows["grpo"] if e.task != "instruction"]
-                general = [e for e in rows["grpo"] if e.task == "instruction"]
                 order = grpo.schedule(
                     asked, general, section.steps, section.prompts, section.instruction_share,
                     settings.run.seed,
                 )  # fmt: skip
-                trainer = grpo.build(model, tokenizer, order, settings, adapter.parent, [hooks])
+                trainer = grpo.build(
+                    model, tokenizer, order, settings, adapter.parent, [hooks], kept
+                )
             hooks.train(trainer)
             adapters.save_adapter(model, adapter)
             run.done(stage, seconds=hooks.seconds, peak_gib=round(record.peak_bytes() / 2**30, 2))

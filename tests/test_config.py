@@ -115,7 +115,7 @@ def test_values_take_the_type_of_their_key(text, value):
         ("data.sft=[1, 2]", ["a list of names"]),
         ("grpo.micro_batch_size=7", ["must divide prompts x generations"]),
         ("sft.micro_batch_size=7", ["must divide sft.batch_size"]),
-        ("grpo.loss_type=dr_grpo", ["scale_rewards"]),
+        ("grpo.controller.floor=0.4", ["grpo.controller.floor must be below 1/3"]),
         ("sft.scheduler=constant", ["constant_with_warmup"]),
         ("grpo.max_completion_length=9999", ["model.max_length"]),
         ("data.grpo=[]", ["data.grpo names no data card", "grpo.steps=0"]),
