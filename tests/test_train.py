@@ -20,6 +20,10 @@ SMALL = [
     "--set", "grpo.micro_batch_size=8", "--set", "evaluation.questions=12",
     "--set", "evaluation.instructions=12", "--set", "evaluation.max_new_tokens=24",
     "--set", "evaluation.bootstrap=50", "--set", "run.threads=1",
+    # The whole method, since it has the most to lose in a resume.
+    "--set", "sft.retention=2", "--set", "grpo.retention=2", "--set", "grpo.metric=adam",
+    "--set", "grpo.controller.rule=deficit", "--set", "grpo.advantages=capability",
+    "--set", "grpo.combination=dual_cone",
 ]  # fmt: skip
 
 
@@ -75,10 +79,15 @@ def test_a_run_leaves_the_folder_of_the_contract(whole):
     keys = {"loss", "entropy", "unparsed", "gradient_engine", "seconds/step"}
     keys |= {
         f"{part}/{k}"
-        for part in ("reward", "sigma", "weight")
+        for part in ("reward", "sigma", "weight", "coefficient", "gradient_norm")
         for k in ("domain", "reasoning", "format")
     }
+    keys |= {"coefficient/retention", "seconds/combination"}
     assert keys <= set(rows[-1]), keys - set(rows[-1])
+    assert rows[-1]["gradient_engine"] == "one_pass"
+    assert any(key.startswith("cosine/") for key in rows[-1])
+    assert "cosine/sft/retention" in rows[0]
+    assert (whole / "anchors.jsonl").is_file()
     evaluation = json.loads((whole / "evaluation.json").read_text())
     for stage in ("base", "sft", "grpo"):
         for name in (
@@ -165,6 +174,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, h
         (["--preset", "pocket", "--set", "data.sft=[mmlu_medical]"], 2, "mmlu_medical"),
         (["--preset", "pocket", "--set", "model.name=no/folder/here"], 2, "no/folder/here"),
         (["--preset", "pocket", "--set", "model.backend=unsloth"], 3, "unsloth"),
+        (
+            ["--preset", "pocket", "--set", "data.grpo=[ontology]", "--set", "sft.retention=2"],
+            2,
+            "names no general instructions",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(words, code, said, tmp_path, monkeypatch, capsys):
