@@ -51,6 +51,10 @@ def fake_run(folder: Path, stages=("base", "sft", "grpo"), steps=80) -> Path:
                 "reward/format": 0.7 + 0.2 * level + draw.gauss(0, 0.03),
                 "weight/format": 1 / 3,
             }
+            row |= {f"coefficient/{k}": 0.3 + 0.1 * level for k in ("domain", "reasoning")}
+            row["cosine/domain/reasoning"] = draw.gauss(0.3, 0.3)
+            if step % 3:  # absent where a reward did not vary
+                row["cosine/domain/format"] = draw.gauss(-0.1, 0.2)
             run.log("grpo", step, row | {"seconds/generate": 1.5})
         for index, stage in enumerate(stages):
             values = {k: measure(v[index], N.get(k, 232)) for k, v in MEASURES.items()}
