@@ -6,7 +6,6 @@ per capability throughout (Okabe and Ito, safe for the colour-blind); captions s
 """
 
 import io
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -82,33 +81,39 @@ def rewards(folder: Path) -> "Figure | None":
 
 def gradients(folder: Path) -> "Figure | None":
     """Cosines between the capabilities' gradients over GRPO's steps, coefficients below."""
+    from bbkit.gradients import null_cosine
+
     rows = [r for r in read_rows(folder / "metrics.jsonl") if r["stage"] == "grpo"]
     pairs = sorted({k for r in rows for k in r if k.startswith("cosine/")})
     if not pairs:
         return None
     figure, (top, below) = _figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
-    window, opposed = max(1, len(rows) // 10), []
+    window, opposed, lines = max(1, len(rows) // 10), [], {}
     for pair in pairs:
         _, one, other = pair.split("/")
         x, y = _series(rows, pair)
         mean = [fmean(y[max(0, j - window) : j]) for j in range(1, len(y) + 1)]
-        top.plot(x, mean, color=color(one), lw=2.4)
-        top.plot(x, mean, color=color(other), lw=2.4, ls=(0, (2, 2)), label=f"{one}, {other}")
+        (solid,) = top.plot(x, mean, color=color(one), lw=2.4)
+        (dashed,) = top.plot(x, mean, color=color(other), lw=2.4, ls=(0, (2, 2)))
+        lines[f"{one}, {other}"] = (solid, dashed)
         opposed.append(f"{one} and {other} {fmean(v < 0 for v in y):.0%}")
     for key in sorted({k for r in rows for k in r if k.startswith("coefficient/")}):
         below.plot(*_series(rows, key), color=color(key.partition("/")[2]), lw=2)
     size = read_json(folder / "run.json").get("model", {}).get("lora_parameters")
-    null = (2 / (math.pi * size)) ** 0.5 if size else 0.0
+    null = null_cosine(size) if size else 0.0
+    by_chance = f"Random directions would give ±{null:.4f}. " if size else ""
     top.axhspan(-null, null, color="#555555", alpha=0.25)
     top.set(ylabel="cosine of the gradients", ylim=(-1.05, 1.05))
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="coefficient")
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=3, frameon=False, fontsize=8)
+    top.legend(
+        lines.values(), lines, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3,
+        frameon=False, fontsize=8, handlelength=3,
+    )  # fmt: skip
     return _caption(
         figure,
         f"Cosine between the gradients of two capabilities in one step (mean of the last {window})"
-        " and the coefficient with which each enters the update. The grey band is what random "
-        f"directions would give (±{null:.4f}). Notice how often two are opposed: "
-        f"{'; '.join(opposed)} of the steps.",
+        f" and the coefficient with which each enters the update. {by_chance}Notice how often two "
+        f"are opposed: {'; '.join(opposed)} of the steps.",
     )
 
 

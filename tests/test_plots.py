@@ -120,7 +120,7 @@ def test_same_prompt_is_shown_once_with_all_stages(text):
 
 def test_captions_say_what_to_notice(text):
     captions = [line for line in text.splitlines() if line.startswith("![")]
-    assert len(captions) == 3 and all("Notice" in caption for caption in captions)
+    assert len(captions) == 4 and all("Notice" in caption for caption in captions)
     assert "(SFT 29, GRPO 12 points)" in text
 
 
