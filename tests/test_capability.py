@@ -1,6 +1,9 @@
 """The capability-aware trainer against TRL's own, on the pocket model with toy rewards."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
@@ -271,3 +274,83 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(build, controller
     found = again.capture.parameters.values()
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert again.controller.state() == whole.controller.state()
+
+
+WORKER = """
+import sys
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+from bbkit import adapters, config, models
+from bbkit.capability import capability_aware
+
+out, ranks = sys.argv[1], int(sys.argv[2])
+settings = config.load("pocket", None, ["model.lora_rank=4"]).model
+model, tokenizer = models.load(settings, say=lambda line: None)
+model = adapters.add_lora(model, settings, 0)
+torch.manual_seed(0)
+for name, p in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(p, std=0.02)
+
+def generate(input_ids, **_):
+    "Completions that follow from the prompt and the place in its group alone."
+    rows = []
+    for place, ids in enumerate(input_ids):
+        draw = torch.Generator().manual_seed(int(ids.sum()) * 10 + place % 4)
+        rows.append(torch.randint(300, 4000, (3 + place % 4,), generator=draw).tolist())
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id
+    end = torch.tensor([r + [tokenizer.eos_token_id] + [pad] * (width - len(r)) for r in rows])
+    return torch.cat([input_ids, end], dim=1)
+
+model.generate = model.base_model.generate = model.base_model.model.generate = generate
+
+def long(completions, **_):
+    return [float(len(text)) / 50 for text in completions]
+
+def vowels(completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+def retention(model, step):
+    ids = torch.arange(20, 40).view(2, 10)
+    return model(input_ids=ids, labels=ids).loss
+
+class Kept(capability_aware(GRPOTrainer, combination="upgrad", retention=retention)):
+    def _combine(self):
+        super()._combine()
+        found = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
+        if self.accelerator.is_main_process:
+            torch.save((found, self.accelerator.num_processes), out)
+
+Kept(
+    model=model, reward_funcs=[long, vowels], processing_class=tokenizer,
+    train_dataset=Dataset.from_list([{"prompt": p} for p in ("Name a virus.", "Say no.")] * 4),
+    args=GRPOConfig(
+        output_dir=out + ".run", max_steps=1, per_device_train_batch_size=4, num_generations=4,
+        gradient_accumulation_steps=2 // ranks, steps_per_generation=2 // ranks, use_cpu=True,
+        bf16=False, report_to="none", save_strategy="no", max_completion_length=8, beta=0.1,
+        shuffle_dataset=False, gradient_checkpointing=False,
+        ddp_backend="gloo" if ranks > 1 else None,
+    ),
+).train()
+"""
+
+
+def test_two_processes_give_the_update_of_one_with_the_joined_batch(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launch = launch if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, str(script), str(out), str(ranks)],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ranks], count = torch.load(out)
+        assert count == ranks
+    assert found[1].norm() > 0
+    assert ((found[2] - found[1]).norm() / found[1].norm()).item() <= 1e-5
