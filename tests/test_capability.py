@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +275,25 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(build, controller
     found = again.capture.parameters.values()
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert again.controller.state() == whole.controller.state()
+
+
+def test_the_lines_of_the_readme_run(tmp_path):
+    """What README shows around one's own script, with that script's names filled in."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = text.partition("<!-- python: wrap -->\n```python\n")[2].partition("```")[0]
+    assert 0 < len(lines.strip().splitlines()) <= 10
+    settings = config.load("pocket").model
+    base, tokenizer = models.load(settings, say=lambda line: None)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    names = {
+        "model": adapters.add_lora(base, settings, 0), "correct": vowels, "polite": brief,
+        "folder": str(tmp_path / "out"), "steps": 1,
+        "rows": Dataset.from_list([{"prompt": p} for p in PROMPTS * 4]),
+    }  # fmt: skip
+    names["model"].config._name_or_path = str(tmp_path / "model")  # TRL reads the tokenizer there
+    exec(lines, names)
+    assert "weight/vowels" in names["trainer"].state.log_history[0]
 
 
 WORKER = """
