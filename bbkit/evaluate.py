@@ -82,6 +82,51 @@ def generate(
     return replies
 
 
+def divergence(
+    model, tokenizer, examples: Sequence[Example], replies: Sequence[str]
+) -> list[float]:
+    """KL(π‖π_base) in nats per token along each reply to its prompt, exact over the vocabulary.
+
+    `model` is a PEFT model; the base is the same model with its adapter off.
+    """
+    import torch
+
+    rows = []
+    for example, reply in zip(examples, replies, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            prompts.messages(example), add_generation_prompt=True, tokenize=False
+        )
+        asked, whole = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (prompt, prompt + reply + tokenizer.eos_token)
+        )
+        rows.append((whole, len(asked)))
+    found = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    was_training = model.training
+    model.eval()
+    while order:
+        width = len(rows[order[0]][0])
+        most = max(1, 2**25 // (model.config.vocab_size * width))  # logits of at most 128 MB
+        chosen, order = order[:most], order[most:]
+        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, : len(rows[i][0])] = torch.tensor(rows[i][0])
+            mask[row, : len(rows[i][0])] = 1
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        with torch.no_grad():
+            ours = model(**inputs).logits.float().log_softmax(-1)
+            with model.disable_adapter():
+                bases = model(**inputs).logits.float().log_softmax(-1)
+        tokens = (ours.exp() * (ours - bases)).sum(-1)
+        for row, i in enumerate(chosen):
+            whole, start = rows[i]
+            found[i] = tokens[row, start - 1 : len(whole) - 1].mean().item()
+    model.train(was_training)
+    return found
+
+
 def lenient(example: Example, reply: str) -> float:
     """1 if the reply names the gold answer (or a synonym) and none of the other options.
 
@@ -196,14 +241,29 @@ def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
     for name in MEASURES:
         kept = [r for r in rows if r["scores"].get(name) is not None]
         if kept:
-            values = [r["scores"][name] for r in kept]
-            low, high = interval(values, [_cluster(r) for r in kept], draws)
-            out[name] = {
-                "value": sum(values) / len(values),
-                "n": len(values),
-                "interval": [low, high],
-            }
+            out[name] = _mean([r["scores"][name] for r in kept], kept, draws)
     return out
+
+
+def divergences(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dict[str, dict]:
+    """KL to the base where item rows hold it, as {"sft": …, "sft_instruction": …}: nats per token.
+
+    >>> divergences({"base": []})
+    {}
+    """
+    out = {}
+    for stage, items_ in rows.items():
+        known = [r for r in items_ if "kl" in r]
+        for name in (stage, f"{stage}_instruction"):
+            kept = [r for r in known if (r["task"] == "instruction") == (name != stage)]
+            if kept:
+                out[name] = _mean([r["kl"] for r in kept], kept, draws, shares=False)
+    return out
+
+
+def _mean(values: Sequence[float], rows: Sequence[Mapping], draws: int, shares=True) -> dict:
+    low, high = interval(values, [_cluster(r) for r in rows], draws, shares)
+    return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
 
 
 def difference(

@@ -47,7 +47,7 @@ def _headline(results: Mapping[str, Measures]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         cells = [NAMES.get(name, name), count_of(results, name)]
-        cells += [_cell(results[s].get(name)) for s in stages]
+        cells += [cell(results[s].get(name)) for s in stages]
         cells += [_change(results, a, b, name) for a, b in steps]
         lines.append("| " + " | ".join(cells) + " |")
     notes = ["Held-out prompts only; brackets are 95 % intervals, bold changes exclude 0."]
@@ -55,8 +55,15 @@ def _headline(results: Mapping[str, Measures]) -> list[str]:
     if known:
         notes.append(
             "Domain accuracy without any model: "
-            + "; ".join(f"{k} {_cell(v)}" for k, v in known)
+            + "; ".join(f"{k} {cell(v)}" for k, v in known)
             + "."
+        )
+    for name, told in results.get("kl", {}).items():
+        low, high = told["interval"]
+        stage, _, axis = name.partition("_")
+        notes.append(
+            f"KL to the base after {STAGES[stage]}, {axis or 'question'} replies: "
+            f"{told['value']:.3f} [{low:.3f}, {high:.3f}] nats per token."
         )
     for stage in stages[1:] if stages[0] == "base" else ():
         for name in ("instruction", "instruction_unseen"):
@@ -72,15 +79,28 @@ def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:
     """The change from stage a to b in points, with the paired interval where there is one."""
     paired = results.get("difference", {}).get(f"{b}-{a}", {}).get(name)
     if paired:
-        value, low, high = percent(paired)
-        text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        return f"**{text}**" if low > 0 or high < 0 else text
+        return change_cell(paired)
     if name in results[a] and name in results[b]:
         return f"{percent(results[b][name])[0] - percent(results[a][name])[0]:+.1f}"
     return ""
 
 
-def _cell(measure: Mapping[str, Any] | None) -> str:
+def change_cell(measure: Mapping[str, Any] | None, sign: int = 1) -> str:
+    """A change in points, bold where its interval excludes 0; `sign` -1 turns gain into loss."""
+    if measure is None:
+        return ""
+    value, low, high = (sign * x + 0.0 for x in percent(measure))  # no -0.0
+    low, high = sorted((low, high))
+    text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def cell(measure: Mapping[str, Any] | None) -> str:
+    """A share in per cent with its interval.
+
+    >>> cell({"value": 0.5, "interval": [0.4, 0.61]}), cell(None)
+    ('50.0 [40.0, 61.0]', '')
+    """
     if measure is None:
         return ""
     value, low, high = percent(measure)
@@ -144,6 +164,13 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
     """
     from bbkit import evaluate
 
+    rows = pooled_rows(folders)
+    results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
+    return results | {"difference": evaluate.changes(rows), "kl": evaluate.divergences(rows)}
+
+
+def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
+    """Item rows of several runs by stage, for `pooled`, which see."""
     rows: dict[str, list[dict]] = {}
     first: dict[str, Any] = {}
     for number, folder in enumerate(folders):
@@ -158,8 +185,7 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
             # `source` keeps the runs apart where before and after are paired.
             found = [r | {"source": f"{r['source']} {number}"} for r in read_rows(path)]
             rows.setdefault(path.stem, []).extend(found)
-    results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
-    return results | {"difference": evaluate.changes(rows)}
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from bbkit.prompts import Example
 
 STAGES = ("sft", "grpo", "evaluate")
 ANCHORS = 64  # replies of the base that retention draws from
+KL_PROMPTS = 64  # of questions and of instructions, on whose replies the KL to the base is taken
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,10 +130,10 @@ def load_rows(
             seed=0,
         ),
     }
-    asked = [e for e in rows["held_out"] if e.task != "instruction"]
-    general = [e for e in rows["held_out"] if e.task == "instruction"]
-    rows["held_out"] = _some(asked, settings.evaluation.questions)
-    rows["held_out"] += _some(general, settings.evaluation.instructions)
+    asked, general = _axes(rows["held_out"])
+    kept = _some(asked, settings.evaluation.questions)
+    kept += _some(general, settings.evaluation.instructions)
+    rows["held_out"] = [rows["held_out"][i] for i in kept]
     for stage in ("sft", "grpo"):
         if not rows[stage] and getattr(settings, stage).steps:
             raise InputError(
@@ -143,7 +144,13 @@ def load_rows(
     return rows
 
 
-def _some(rows: list[Example], most: int) -> list[Example]:
+def _axes(rows: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Places of the questions, and of the general instructions."""
+    general = {i for i, e in enumerate(rows) if e.task == "instruction"}
+    return [i for i in range(len(rows)) if i not in general], sorted(general)
+
+
+def _some(rows: list[int], most: int) -> list[int]:
     """At most so many of the rows, the same at every call, in their order; 0: all."""
     if not most or len(rows) <= most:
         return rows
@@ -180,8 +187,7 @@ def execute(
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
     evaluate_stage("base")
-    asked = [e for e in rows["grpo"] if e.task != "instruction"]
-    general = [e for e in rows["grpo"] if e.task == "instruction"]
+    asked, general = ([rows["grpo"][i] for i in part] for part in _axes(rows["grpo"]))
     anchors: list[str] = []
     if settings.sft.retention or settings.grpo.retention:  # before any LoRA: the base's replies
         if not general:
@@ -247,6 +253,13 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
                 model, tokenizer, ifeval, section.ifeval_tokens, section.batch_tokens, bar.update
             )
             found += evaluate.ifeval_items(ifeval, replies)
+        if stage != "base":
+            told = [i for part in _axes(held_out) for i in _some(part, KL_PROMPTS)]
+            values = evaluate.divergence(
+                model, tokenizer, [held_out[i] for i in told], [found[i]["reply"] for i in told]
+            )
+            for i, value in zip(told, values, strict=True):
+                found[i]["kl"] = value
     folder = run.folder / "evaluation"
     folder.mkdir(exist_ok=True)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found))
@@ -257,6 +270,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
         run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
     written = {path.stem: files.read_rows(path) for path in folder.glob("*.jsonl")}
     run.evaluation("difference", evaluate.changes(written, section.bootstrap))
+    run.evaluation("kl", evaluate.divergences(written, section.bootstrap))
     step = 0 if stage == "base" else getattr(settings, stage).steps
     for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:
         shown = {

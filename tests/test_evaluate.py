@@ -3,8 +3,9 @@
 import random
 
 import pytest
+import torch
 
-from bbkit import evaluate, instructions, prompts, questions
+from bbkit import adapters, config, evaluate, instructions, models, prompts, questions
 from bbkit.prompts import Example
 
 ROWS = questions.ontology("validation")[:40] + instructions.examples("validation", per_kind=2)
@@ -62,6 +63,39 @@ def test_differences_are_paired_and_signed():
     assert same["domain"] == {"value": 0.0, "n": 40, "interval": [0.0, 0.0]}
     shuffled = random.Random(1).sample(after, len(after))
     assert evaluate.difference(before, shuffled, 100)["domain"]["value"] == 1.0
+
+
+def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
+    torch.manual_seed(0)
+    model, tokenizer = models.load(config.load("pocket").model)
+    model = adapters.add_lora(model, config.load("pocket").model, 0).train()
+    replies = [prompts.completion(e) for e in ROWS[:6]]
+    assert max(map(abs, evaluate.divergence(model, tokenizer, ROWS[:6], replies))) < 1e-6
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    found = evaluate.divergence(model, tokenizer, ROWS[:6], replies)
+    assert model.training and min(found) > 1e-3
+    alone = evaluate.divergence(model, tokenizer, ROWS[3:4], replies[3:4])
+    assert found[3] == pytest.approx(alone[0], rel=1e-4)  # whatever it is batched with
+    prompt = tokenizer.apply_chat_template(
+        prompts.messages(ROWS[3]), add_generation_prompt=True, tokenize=False
+    )
+    asked = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(prompt + replies[3] + tokenizer.eos_token, add_special_tokens=False)
+    ids = torch.tensor([ids["input_ids"]])
+    model.eval()
+    with torch.no_grad():
+        ours = model(ids).logits[0, asked - 1 : -1].log_softmax(-1)
+        with model.disable_adapter():
+            bases = model(ids).logits[0, asked - 1 : -1].log_softmax(-1)
+    wanted = torch.nn.functional.kl_div(bases, ours, log_target=True, reduction="none").sum(1)
+    assert alone[0] == pytest.approx(wanted.mean().item(), rel=1e-4)
+    rows = evaluate.items(ROWS[:6], replies)
+    for row, value in zip(rows, found, strict=True):
+        row["kl"] = value
+    told = evaluate.divergences({"base": evaluate.items(ROWS[:6], replies), "sft": rows}, 50)
+    assert told["sft"]["value"] == pytest.approx(sum(found) / 6) and set(told) == {"sft"}
 
 
 def test_baselines_know_nothing_and_say_so():

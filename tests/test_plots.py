@@ -76,6 +76,8 @@ def fake_run(folder: Path, stages=("base", "sft", "grpo"), steps=80) -> Path:
             }
             difference["grpo-sft"]["format"]["interval"] = [-0.01, 0.09]
             run.evaluation("difference", difference)
+            nats = {"value": 0.25, "n": 64, "interval": [0.2, 0.31]}
+            run.evaluation("kl", {"sft": nats, "grpo_instruction": nats})
     return folder
 
 
@@ -96,6 +98,8 @@ def test_report_has_every_figure_and_number(text, run_folder):
     row = next(line for line in text.splitlines() if line.startswith("| domain accuracy |"))
     assert "61.0 [54.7, 67.3]" in row and "| 232 |" in row
     assert "guess by name 37.0" in text and "python -m bbkit.train --preset pocket" in text
+    assert "KL to the base after SFT, question replies: 0.250 [0.200, 0.310] nats" in text
+    assert "KL to the base after GRPO, instruction replies: 0.250" in text
     assert "python " in text and "rate 0.004" in text and "base 1.0" in text
 
 
