@@ -82,6 +82,7 @@ def capability_aware(
             self.capabilities = len(start)
             self.gramian: list | None = None  # of the last step's capabilities
             self.micro_batches: list[dict] = []  # of this step so far
+            self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
             # Rows: the capabilities, then the KL penalty, then retention, where there is one.
             rows = self.capabilities + bool(self.beta) + bool(retention)
             self.capture = gradients.Capture(self.model, rows)
@@ -226,6 +227,8 @@ def capability_aware(
                 for k in range(j):
                     self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
             self.gramian = gramian[:kinds, :kinds].tolist()
+            if self.observed is not None:
+                self.observed = {n: rows[k].clone() for n, k in zip(names, cone, strict=True)}
             capture.clear()
             self.micro_batches = []
 

@@ -22,10 +22,11 @@ __all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "replay
 
 
 class Capture:
-    """The K gradients of a model's trainable parameters, as rows of one float32 matrix (K, P).
+    """The K gradients of a model's trainable parameters, as rows of one matrix (K, P).
 
-    Columns follow `model.parameters()`, trainable ones only, each flattened. Of the micro-batch in
-    hand `touched` names the parameters that got a gradient, `fired` those that the one pass saw.
+    Columns follow `model.parameters()`, trainable ones only, each flattened; float32, or float64
+    where they are. Of the micro-batch in hand `touched` names the parameters that got a gradient,
+    `fired` those that the one pass saw.
     """
 
     def __init__(self, model: nn.Module, capabilities: int):
@@ -40,8 +41,9 @@ class Capture:
         self._missed_before: set[str] = set()
         self.advantages: Tensor | None = None
         width = sum(p.numel() for p in self.parameters.values())
-        device = next(iter(self.parameters.values())).device
-        self._rows = torch.zeros(capabilities, width, device=device)
+        first = next(iter(self.parameters.values()))
+        exact = torch.promote_types(torch.float32, first.dtype)
+        self._rows = torch.zeros(capabilities, width, device=first.device, dtype=exact)
         sizes = [p.numel() for p in self.parameters.values()]
         self._parts = dict(zip(self.parameters, self._rows.split(sizes, dim=1), strict=True))
 
@@ -280,6 +282,31 @@ def null_cosine(parameters: int) -> float:
     0.0018
     """
     return math.sqrt(2 / (math.pi * parameters))
+
+
+def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
+    """(B, B) inner products of the parts that B groups have in the gradient.
+
+    `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`; `advantages`
+    (N,) weigh them; `group` sequences in a row answer one prompt.
+    """
+    weighted = gram * torch.outer(advantages, advantages).to(gram)
+    count = len(gram) // group
+    return weighted.view(count, group, count, group).sum((1, 3))
+
+
+def noise_to_signal(parts: Tensor) -> float:
+    """tr Cov of a group's part in the gradient over |the mean part|², from `group_gram` (B, B).
+
+    The lower, the fewer groups a step needs. Both are estimated from the same B groups, so it
+    saturates near B where there is no signal. NaN where the gradient is 0.
+
+    >>> noise_to_signal(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # two parts at right angles
+    2.0
+    """
+    count, mean = len(parts), parts.sum() / len(parts) ** 2
+    spread = (parts.diagonal().sum() / count - mean) * count / (count - 1)
+    return (spread / mean).item()
 
 
 def halves(advantages: Tensor) -> Tensor:

@@ -81,12 +81,13 @@ def _main(args: argparse.Namespace) -> int:
     if not args.table:
         for seed in seeds:
             shared = out / f"sft-{seed}"
-            _train(args, seed, ("grpo.steps=0",), shared)
+            _train(_words(args, seed, ("grpo.steps=0",), shared), shared)
             for arm in arms:
                 folder = out / f"{arm}-{seed}"
                 settings = config.load(args.preset, None, _overrides(args, seed, ARMS[arm]))
-                fork(shared, folder, config.to_dict(settings))
-                _train(args, seed, ARMS[arm], folder)
+                words = _words(args, seed, ARMS[arm], folder)
+                fork(shared, folder, config.to_dict(settings), words)
+                _train(words, folder)
     print(table({arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in arms}))
     return 0
 
@@ -95,23 +96,27 @@ def _overrides(args: argparse.Namespace, seed: int, arm: Sequence[str]) -> list[
     return [*args.set, *arm, f"run.seed={seed}"]
 
 
-def _train(args: argparse.Namespace, seed: int, arm: Sequence[str], folder: Path) -> None:
+def _words(args: argparse.Namespace, seed: int, arm: Sequence[str], folder: Path) -> list[str]:
+    """The command of one run, as a user would type it."""
+    words = ["python", "-m", "bbkit.train", "--preset", args.preset, "--out", str(folder)]
+    words += [f"--set={item}" for item in _overrides(args, seed, arm)]
+    words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
+    return words + (["--offline"] if args.offline else [])
+
+
+def _train(words: Sequence[str], folder: Path) -> None:
     """One run in a process of its own, so that no arm sees what another left in memory."""
     manifest = folder / "run.json"
     if manifest.exists() and files.read_json(manifest).get("status") == "done":
         return
-    words = ["--preset", args.preset, "--out", str(folder)]
-    words += [f"--set={item}" for item in _overrides(args, seed, arm)]
-    words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-    words += ["--offline"] if args.offline else []
-    print(f"+ python -m bbkit.train {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "bbkit.train", *words]).returncode
+    print(f"+ {shlex.join(words)}", flush=True)
+    code = subprocess.run([sys.executable, *words[1:]]).returncode
     if code:
         raise CannotRun(f"{folder}: the run ended with exit code {code}; the same command goes on")
 
 
-def fork(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
-    """Begin a run in `target` with the base and SFT of the finished run `source`.
+def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Begin the run of `command` in `target` with the base and SFT of the finished run `source`.
 
     Nothing happens where `target` has begun. Raises InputError where other settings than `grpo`'s
     differ: then the SFT would be another one.
@@ -130,8 +135,9 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
         shutil.copytree(source, half, ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
         for made_later in ("adapter", "figures"):
             shutil.rmtree(half / made_later, ignore_errors=True)
-        manifest |= {"settings": files.plain(settings), "status": "running", "end": None}
-        files.write_json(half / "run.json", manifest | {"forked_from": source.name})
+        manifest |= {"settings": files.plain(settings), "status": "forked", "end": None}
+        manifest |= {"forked_from": source.name, "command": shlex.join(command)}
+        files.write_json(half / "run.json", manifest)
         half.rename(target)
 
 

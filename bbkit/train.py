@@ -130,7 +130,7 @@ def load_rows(
             seed=0,
         ),
     }
-    asked, general = _axes(rows["held_out"])
+    asked, general = axes(rows["held_out"])
     kept = _some(asked, settings.evaluation.questions)
     kept += _some(general, settings.evaluation.instructions)
     rows["held_out"] = [rows["held_out"][i] for i in kept]
@@ -144,7 +144,7 @@ def load_rows(
     return rows
 
 
-def _axes(rows: Sequence[Example]) -> tuple[list[int], list[int]]:
+def axes(rows: Sequence[Example]) -> tuple[list[int], list[int]]:
     """Places of the questions, and of the general instructions."""
     general = {i for i, e in enumerate(rows) if e.task == "instruction"}
     return [i for i in range(len(rows)) if i not in general], sorted(general)
@@ -187,7 +187,7 @@ def execute(
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
     evaluate_stage("base")
-    asked, general = ([rows["grpo"][i] for i in part] for part in _axes(rows["grpo"]))
+    asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
     anchors: list[str] = []
     if settings.sft.retention or settings.grpo.retention:  # before any LoRA: the base's replies
         if not general:
@@ -254,7 +254,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
             )
             found += evaluate.ifeval_items(ifeval, replies)
         if stage != "base":
-            told = [i for part in _axes(held_out) for i in _some(part, KL_PROMPTS)]
+            told = [i for part in axes(held_out) for i in _some(part, KL_PROMPTS)]
             values = evaluate.divergence(
                 model, tokenizer, [held_out[i] for i in told], [found[i]["reply"] for i in told]
             )

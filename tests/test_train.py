@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bbkit import config, train
+from bbkit import config, study, train
+from bbkit.files import read_rows
 
 SMALL = [
     "--preset", "pocket", "--set", "sft.steps=4", "--set", "sft.save_steps=2",
@@ -230,3 +231,64 @@ def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, tmp_path):
 def test_every_preset_resolves():
     for preset in config.PRESETS:
         assert config.load(preset).grpo.generations >= 2
+
+
+METHODS = [
+    *(f"grpo.controller.rule={r}" for r in ("fixed", "deficit", "variance", "covariance")),
+    "grpo.controller.rule=agreement",
+    *(f"grpo.combination={c}" for c in ("pcgrad", "mgda", "upgrad", "aligned_mtl", "dual_cone")),
+    "grpo.combination=random",
+    *("grpo.metric=adam", "grpo.retention=2", "grpo.advantages=gdpo", "grpo.beta=0.05"),
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """An SFT that has learned enough for rewards to vary, which the methods go on from."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    assert train.main([*LONG, "--set", "grpo.steps=0", "--out", str(out)]) == 0
+    return out
+
+
+LONG = [
+    "--preset", "pocket", "--stages", "sft,grpo", "--set", "sft.steps=60", "--set",
+    "grpo.prompts=8", "--set", "grpo.generations=4", "--set", "grpo.micro_batch_size=32",
+    "--set", "grpo.save_steps=50", "--set", "run.threads=1",
+    "--set", "grpo.advantages=capability",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned, tmp_path):
+    words = [*LONG, "--set", "grpo.steps=100"]
+    if method in ("grpo.metric=adam", "grpo.retention=2"):
+        words += ["--set", "grpo.combination=dual_cone"]
+    words += ["--set", method]
+    settings = config.to_dict(config.load("pocket", None, words[5::2]))
+    for name in ("whole", "killed"):
+        study.fork(tuned, tmp_path / name, settings, ["python"])
+    code, text, err = finish(start(*words, "--out", str(tmp_path / "whole")))
+    assert code == 0, text + err
+    killed = start(*words, "--out", str(tmp_path / "killed"))
+    wait_for(tmp_path / "killed", "grpo", 60, killed)
+    killed.kill()
+    finish(killed)
+    code, text, err = finish(start(*words, "--out", str(tmp_path / "killed")))
+    assert code == 0 and "going on from step 50" in text, text + err
+    weights = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "killed")
+    ]
+    assert weights[0] == weights[1]
+    rows = [r for r in read_rows(tmp_path / "whole" / "metrics.jsonl") if r["stage"] == "grpo"]
+    assert [row["step"] for row in rows] == list(range(1, 101))
+    kinds, moved = ("domain", "reasoning", "format"), False
+    for row in rows:
+        weights = [row[f"weight/{k}"] for k in kinds]
+        assert abs(sum(weights) - 1) < 1e-6 and min(weights) >= 0.05 - 1e-9
+        moved = moved or max(weights) - min(weights) > 0.01
+        for part in ("reward", "sigma", "coefficient", "gradient_norm"):
+            assert all(f"{part}/{k}" in row for k in kinds), part
+        assert {"loss", "entropy", "unparsed", "gradient_engine", "seconds/combination"} <= set(row)
+    assert moved == ("rule=" in method and "fixed" not in method)

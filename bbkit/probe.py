@@ -1,0 +1,283 @@
+"""Gradients at a state of a run, looked at closely: noise, interference, signs of real steps.
+
+Serves the claims of lower gradient variance and of orthogonality. One batch of completions gives
+the Gram matrix of single sequences, from which the noise of any advantage scheme follows, at the
+same state and on the same completions. What a first-order promise is worth is measured beside it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bbkit import config, files
+from bbkit.config import CannotRun, InputError
+
+OURS = "capability + dual_cone"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m bbkit.probe`."""
+    p = argparse.ArgumentParser(
+        prog="python -m bbkit.probe", description="Gradient noise and first-order promises."
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    p.add_argument("--stage", default="sft", choices=("sft", "grpo"), help="whose adapter")
+    p.add_argument("--prompts", type=int, default=64, help="groups of completions")
+    p.add_argument(
+        "--steps", type=int, default=0, help="real steps whose signs are counted, per metric"
+    )
+    p.add_argument("--seed", type=int, default=1000, help="of the draw of prompts and completions")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
+    p.add_argument("--offline", action="store_true", help="as for bbkit.train")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
+    args = parser().parse_args(argv)
+    try:
+        return _main(args)
+    except (InputError, CannotRun) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 3
+
+
+def _main(args: argparse.Namespace) -> int:
+    if not (args.run / "run.json").exists():
+        raise InputError(f"{args.run}: no run.json; name the folder of a run")
+    found: dict[str, Any] = {"run": str(args.run), "stage": args.stage, "prompts": args.prompts}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_at(args, Path(folder))
+        inputs = sample(trainer)
+        found["noise"] = noise(trainer, inputs)
+        print("| noise to signal of one group | all | low entropy | high entropy | / grpo |")
+        print("|---|---|---|---|---|")
+        for scheme, row in found["noise"].items():
+            cells = [f"{row[part]:.1f}" for part in ("all", "low", "high")]
+            low, high = row["interval"]
+            cells.append(f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]")
+            print(f"| {scheme} | " + " | ".join(cells) + " |")
+        for metric in ("euclidean", "adam") if args.steps else ():
+            trainer = trainer_at(args, Path(folder), steps=args.steps, metric=metric)
+            found[f"opposed_{metric}"] = counted = opposed(trainer)
+            told = ", ".join(
+                f"{k} {v['share']:.0%} (cosine {v['cosine']:+.3f})" for k, v in counted.items()
+            )
+            print(f"{metric} metric, share of {args.steps} steps that raise a loss: {told}")
+    if args.out:
+        files.write_bytes(args.out, (json.dumps(found, indent=1) + "\n").encode())
+    return 0
+
+
+def trainer_at(args: argparse.Namespace, folder: Path, steps: int = 1, metric: str = "euclidean"):
+    """The kit's trainer of the full method at the adapter of a stage, before its first step."""
+    import torch
+
+    from bbkit import adapters, grpo, models, retention, train
+
+    stored = files.read_json(args.run / "run.json")["settings"]
+    settings = config.from_dict(stored, str(args.run))
+    values = config.to_dict(settings)
+    values["grpo"] |= {
+        "steps": steps, "advantages": "capability", "combination": "dual_cone", "metric": metric,
+        "prompts": args.prompts if steps == 1 else values["grpo"]["prompts"],
+        "beta": 0.0, "updates_per_generation": 1, "save_steps": 10**9,
+    }  # fmt: skip
+    values["run"]["seed"] = args.seed
+    settings = config.from_dict(values)
+    rows = train.load_rows(settings, args.data_dir, args.offline)
+    torch.set_num_threads(settings.run.threads or torch.get_num_threads())
+    model, tokenizer = models.load(settings.model, offline=args.offline)
+    asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
+    kept = None
+    if steps > 1 and general:
+        some = general[: train.ANCHORS]
+        made = retention.anchors(
+            folder / "anchors.jsonl", model, tokenizer, some,
+            settings.grpo.max_completion_length, settings.evaluation.batch_tokens,
+        )  # fmt: skip
+        kept = retention.loss(tokenizer, some, made, 4, settings.model.max_length, args.seed)
+    model = adapters.load_adapter(model, args.run / args.stage / "adapter")
+    order = grpo.schedule(
+        asked, general, steps, settings.grpo.prompts, settings.grpo.instruction_share, args.seed
+    )
+    return grpo.build(model, tokenizer, order, settings, folder, retention=kept)
+
+
+def sample(trainer) -> dict[str, Any]:
+    """Completions for all prompts of the trainer, scored: TRL's inputs of a loss."""
+    import torch
+
+    trainer.model.train()
+    torch.manual_seed(trainer.args.seed)
+    rows = [row for row in trainer.train_dataset for _ in range(trainer.num_generations)]
+    inputs = trainer._generate_and_score_completions(rows)
+    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+
+
+def terms(trainer, inputs: Mapping[str, Any], before=None):
+    """Loss terms at unit advantage (N,), up to one factor for all, and mean entropies (N,).
+
+    With `before`, the log-probabilities (N, T) of the policy that sampled, the terms are those of
+    the surrogate whose ratio moves with the parameters.
+    """
+    import torch
+
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    kept = inputs["completion_mask"].to(trainer.model.device)
+    logps, entropy, *_ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, kept.shape[1], compute_entropy=True
+    )
+    gain = logps if before is None else (logps - before).exp()
+    length = kept.sum(1).clamp(min=1)
+    total = -(gain * kept).sum(1)
+    terms = total / length if trainer.loss_type == "grpo" else total
+    return terms, (entropy.detach() * kept).sum(1) / length, logps.detach()
+
+
+def noise(trainer, inputs: Mapping[str, Any]) -> dict[str, dict]:
+    """Noise to signal of each advantage scheme on the same completions, split by entropy.
+
+    `ratio` is to GRPO's, with a 95 % bootstrap interval over the groups; `low` and `high` are the
+    halves of the groups by mean token entropy.
+    """
+    import torch
+
+    from bbkit import gradients, weighting
+
+    count, group = len(inputs["completion_ids"]), trainer.num_generations
+    capture, size = gradients.Capture(trainer.model, count), trainer.args.train_batch_size
+    entropies = []
+    for start in range(0, count, size):
+        part = {k: v[start : start + size] for k, v in inputs.items()}
+        with gradients.watch(trainer.model, capture):
+            capture.next(torch.eye(count)[start : start + size])
+            losses, entropy, _ = terms(trainer, part)
+            losses.sum().backward()
+        entropies.append(entropy)
+    capture.drop()
+    gram = capture.gramian
+    by_group = torch.cat(entropies).view(-1, group).mean(1)
+    upper = by_group > by_group.median()
+    weights = trainer.controller.weights
+    schemes = {
+        scheme: weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu().double()
+        for scheme in weighting.SCHEMES
+    }
+    columns = schemes["capability"]
+    found = gradients.combine(columns.T @ gram @ columns, "dual_cone", weights)
+    wanted = torch.tensor(weights, dtype=torch.float64)
+    totals = {scheme: a @ wanted for scheme, a in schemes.items()} | {OURS: columns @ found}
+    parts = {k: gradients.group_gram(gram, a, group) for k, a in totals.items()}
+    return {
+        scheme: {
+            "all": gradients.noise_to_signal(part),
+            "low": gradients.noise_to_signal(part[~upper][:, ~upper]),
+            "high": gradients.noise_to_signal(part[upper][:, upper]),
+            "ratio": _ratio(part, parts["grpo"])[0],
+            "interval": _ratio(part, parts["grpo"])[1:],
+        }
+        for scheme, part in parts.items()
+    }
+
+
+def _ratio(part, other) -> tuple[float, float, float]:
+    """Of two noises, with its 95 % jackknife interval over the groups, taken on the logarithm."""
+    from bbkit.gradients import noise_to_signal
+
+    count = len(part)
+    whole = math.log(noise_to_signal(part) / noise_to_signal(other))
+    left = []
+    for i in range(count):
+        keep = [j for j in range(count) if j != i]
+        pair = (noise_to_signal(p[keep][:, keep]) for p in (part, other))
+        left.append(math.log(next(pair) / next(pair)))
+    mean = sum(left) / count
+    error = math.sqrt((count - 1) / count * sum((x - mean) ** 2 for x in left))
+    return math.exp(whole), math.exp(whole - 1.96 * error), math.exp(whole + 1.96 * error)
+
+
+def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> dict[str, Any]:
+    """Predicted against realised change of each capability's surrogate loss along the update.
+
+    The update is the dual-cone combination d of all completions; for each step size η in `sizes`
+    J_k(θ − ηd) − J_k(θ) is compared with −η⟨g_k, d⟩. `exponent` is the slope of log |residual| over
+    log η: 2 where the first order holds. Make the model float64 first; its norms and rotary
+    embedding still compute in float32, so that a residual below 1e-6 of the loss is rounding.
+    """
+    import torch
+
+    from bbkit import gradients, weighting
+
+    weights = trainer.controller.weights
+    columns = weighting.advantages(trainer.raw_rewards, trainer.num_generations, weights)
+    with gradients.capability_gradients(trainer.model, columns) as capture:
+        losses, _, before = terms(trainer, inputs)
+        losses.sum().backward()
+    capture.drop()
+    step = gradients.combine(capture.gramian, "dual_cone", weights).to(capture.gradients)
+    step = step @ capture.gradients
+    slopes = capture.gradients @ step
+    start = torch.nn.utils.parameters_to_vector(capture.parameters.values()).detach()
+
+    def values(size: float):
+        moved = start - size * step
+        torch.nn.utils.vector_to_parameters(moved, capture.parameters.values())
+        with torch.no_grad():
+            return columns.to(start).T @ terms(trainer, inputs, before)[0].to(start)
+
+    here = values(0.0)
+    realised = torch.stack([values(size) - here for size in sizes])
+    values(0.0)  # back
+    predicted = -torch.tensor(sizes).to(slopes).unsqueeze(1) * slopes
+    residual = (realised - predicted).abs().log()
+    x = torch.tensor(sizes).to(residual).log()
+    centred = (x - x.mean()).unsqueeze(1)
+    exponent = (centred * residual).sum(0) / centred.square().sum()
+    return {
+        "sizes": list(sizes), "predicted": predicted.T.tolist(), "realised": realised.T.tolist(),
+        "exponent": exponent.tolist(),
+    }  # fmt: skip
+
+
+def opposed(trainer) -> dict[str, dict[str, float]]:
+    """Train, and count along the steps that were really taken, momentum and all, how often each
+    loss rises to first order: ⟨g_k, Δθ⟩ > 0. `cosine` is the mean one of g_k and −Δθ.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    seen: dict[str, list[float]] = {}
+
+    class Count(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            self.before = flat()
+
+        def on_step_end(self, *_, **__):
+            move = flat() - self.before
+            for name, row in trainer.observed.items():
+                if row.norm() > 0:
+                    cosine = (row @ move) / (row.norm() * move.norm())
+                    seen.setdefault(name, []).append(cosine.item())
+
+    def flat():
+        return torch.nn.utils.parameters_to_vector(trainer.capture.parameters.values()).detach()
+
+    trainer.observed = {}
+    trainer.add_callback(Count())
+    trainer.train()
+    return {
+        name: {"share": sum(c > 0 for c in found) / len(found), "cosine": -sum(found) / len(found)}
+        for name, found in seen.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Arms that share their SFT: what is carried over, what is refused, the table."""
+
+import json
+
+import pytest
+
+from bbkit import config, study
+from bbkit.config import InputError
+from bbkit.files import read_json, read_rows
+
+TINY = [
+    f"--set={item}"
+    for item in (
+        "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=2",
+        "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
+        "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
+        "evaluation.bootstrap=50",
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    assert study.main(["--arms", "grpo,full", "--seeds", "0", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def test_arms_share_the_sft_and_differ_in_grpo(made):
+    runs = {name: made / f"{name}-0" for name in ("sft", "grpo", "full")}
+    file = "adapter/adapter_model.safetensors"
+    assert len({(run / "sft" / file).read_bytes() for run in runs.values()}) == 1
+    assert len({(run / file).read_bytes() for run in runs.values()}) == 3
+    for arm in ("grpo", "full"):
+        manifest = read_json(runs[arm] / "run.json")
+        assert manifest["forked_from"] == "sft-0" and manifest["status"] == "done"
+        assert manifest["settings"]["grpo"]["steps"] == 2 and "--out" in manifest["command"]
+        rows = read_rows(runs[arm] / "metrics.jsonl")
+        assert [r["stage"] for r in rows] == ["sft"] * 2 + ["grpo"] * 2
+        assert set(read_json(runs[arm] / "evaluation.json")) >= {"base", "sft", "grpo", "kl"}
+    assert not list(made.glob(".*"))
+
+
+def test_an_arm_alone_is_the_same_run(made, tmp_path):
+    """The shared SFT is what the arm's own command would have trained."""
+    from bbkit import train
+
+    words = read_json(made / "full-0" / "run.json")["command"].split()[3:]
+    words[words.index("--out") + 1] = str(tmp_path / "alone")
+    assert train.main(words) == 0
+    for part in ("adapter/adapter_model.safetensors", "evaluation.json"):
+        assert (tmp_path / "alone" / part).read_bytes() == (made / "full-0" / part).read_bytes()
+
+
+def test_again_only_the_table_is_made(made, capsys):
+    assert study.main(["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "%", "---", "base", "SFT", "grpo", "full", "full − grpo",
+    ]  # fmt: skip
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_another_sft_is_not_carried_over(made, tmp_path):
+    settings = config.to_dict(config.load("pocket", None, ["sft.steps=3"]))
+    with pytest.raises(InputError, match=r"cannot go on from its SFT, "):
+        study.fork(made / "sft-0", tmp_path / "arm", settings, ["python"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "grpo,ful"], "no arm 'ful'; use grpo"),
+        (["--seeds", "0,a"], "--seeds 0,a"),
+        (["--table", "--out", "nowhere"], "no run.json"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, capsys):
+    assert study.main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_every_arm_resolves():
+    for overrides in study.ARMS.values():
+        assert json.dumps(config.to_dict(config.load("pocket", None, [*overrides])))
