@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from bbkit import instructions, prompts, questions, rewards
+from bbkit.extraction import extract_choice as extract_choice  # its documented place
 from bbkit.ifeval import final_answer, score_ifeval
 from bbkit.prompts import Example
 

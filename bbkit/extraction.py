@@ -1,0 +1,163 @@
+"""The letter that a model commits to in free-form benchmark output, by one documented rule.
+
+Serves the accuracy claims on MedQA and BIOMED-MMLU, where published scorers read "vitamin D" as D.
+The strongest kind of statement that is there decides, alone: 1. the kit's answer tag, 2. a JSON
+field, 3. a boxed letter, 4. a sentence such as "the answer is (C)", 5. a line that is a label. Two
+letters of that kind, a hedge or a denial give None: never a guess, and never a weaker kind.
+"""
+
+import re
+from collections.abc import Iterator
+
+from bbkit import prompts
+
+# After a genus: "C. difficile" is no option C. Texts of options are not known here.
+EPITHETS = (
+    "abortus actinomycetemcomitans aerogenes albicans anthracis auris bacilliformis baumannii "
+    "botulinum braziliense bronchiseptica burgdorferi burnetii caninum canis cantonensis "
+    "cepacia cereus cloacae coli corrodens dermatitidis difficile diphtheriae duodenale elegans "
+    "faecalis faecium fetus flavus fragilis freundii fumigatus gattii glabrata granulosus "
+    "hafniensis henselae hermsii histolytica hominis immitis israelii jejuni koseri latum "
+    "lumbricoides malayi mallei medinensis melanogaster melitensis microti multilocularis "
+    "neoformans niger parapertussis parvum perfringens pertussis phagocytophilum pneumoniae "
+    "pseudomallei psittaci quintana recurrentis rhusiopathiae subtilis suis terreus tetani "
+    "trachomatis vermicularis"
+).split()
+GAP = r"[\s*_`\"'“”‘’$]{0,12}"
+# Words that may follow a bare letter: no noun of which the letter would be a part (B cells).
+AFTER = "because since as due based given which for with here therefore thus per according".split()
+IS = r"(?:\s{1,4}(?:is|would\ be|should\ be|must\ be|will\ be|was)\b|\s{0,4}[:=])"
+KIND = r"(?:answer|option|choice|letter)"
+SURE = r"(?:(?:most\ likely|likely|probably|clearly|thus|therefore|indeed|simply)\s{1,4})?"
+NAMED = rf"(?:(?:the\s)?{KIND}\s{{1,4}}|{KIND}:\s{{0,4}})?"
+SENTENCE = re.compile(
+    rf"(?i:\b(?:answer|choice|option)(?:\s{{1,4}}{KIND})?{GAP}{IS}){GAP}:?{GAP}(?i:{SURE}{NAMED})"
+)
+CHOSEN = re.compile(
+    r"(?i:\b(?:i|i'd|i'll|we)\s(?:would\s|will\s)?(?:choose|select|pick|go\swith)\s{1,4}"
+    rf"(?:the\s)?{KIND}?){GAP}"
+)
+# "The answer is Brucella (option A)" and "option A is correct"; {} are the letters.
+BEHIND = (
+    r"(?i:\b(?:answer|choice)\s{{1,4}}is\s)([^.;\n()]{{1,120}})"
+    r"\((?i:answer|option|choice|letter)\s{{1,4}}([{}])\)"
+)
+RIGHT = (
+    r"(?i:\b(?:option|choice|answer))\s{{1,3}}[(\[]?([{}])[)\]]?\s{{1,3}}is\s(?:the\s)?"
+    r"(?:correct|right|best|most\slikely|most\sappropriate)\b(?!\s(?:in|about|that))"
+)
+UNSURE = re.compile(
+    r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|not|never|neither|cannot|wrong|incorrect|"
+    r"rather\sthan|instead\sof|except)\b|n't\b|n’t\b)[^.;:,\n]*$"
+)
+
+
+def extract_choice(text: str, letters: str = "ABCD") -> str | None:
+    """The one letter of `letters` that `text` commits to, or None; see the module for the rule.
+
+    >>> extract_choice("Vitamin D is out. The answer is (C)."), extract_choice("It is vitamin D.")
+    ('C', None)
+    >>> extract_choice('{"step_by_step_thinking": "...", "answer_choice": "B"}')
+    'B'
+    >>> extract_choice("The answer is A or B."), extract_choice("The answer is C. difficile.")
+    (None, None)
+    """
+    for kind in (_tag, _json, _boxed, _sentences, _lines):
+        found = set(kind(text, letters))
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
+FIELD = (
+    r'"(?:final_)?(?i:answer)(?:_choice|_letter|_option)?"\s{0,8}:\s{0,8}'
+    r'(?:"([^"\n]{0,400})"|([A-Z])\b)'
+)
+
+
+def _tag(text: str, letters: str) -> Iterator[str | None]:
+    if "<answer>" in text:
+        given = (prompts.split_reply(text) or (None, None))[1]
+        yield _whole(given or "", letters)
+
+
+def _json(text: str, letters: str) -> Iterator[str | None]:
+    for quoted, bare in re.findall(FIELD, text):
+        yield _whole(quoted or bare, letters)
+
+
+def _boxed(text: str, letters: str) -> Iterator[str | None]:
+    for given in re.findall(r"\\boxed\s{0,4}\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}", text):
+        yield _whole(re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}]", "", given), letters)
+
+
+def _whole(given: str, letters: str) -> str | None:
+    """Of a field that is a letter or begins with a label: "C", "(c)", "C. text", "option C"."""
+    given = re.sub(LEAD, "", given.strip())
+    given = given.strip(" *_`'\"$")
+    bare = given.strip(" ()[].:")
+    if len(bare) == 1 and bare.upper() in letters:
+        return bare.upper()
+    return _label(given, 0, letters)
+
+
+def _label(text: str, at: int, letters: str) -> str | None:
+    """The letter that stands at `at` as a label of its own and not as part of a name."""
+    shape = rf"([(\[]?)([{letters}]|(?<=[(\[])[{letters.lower()}])([)\]]?)"
+    match = re.compile(shape).match(text, at)
+    if not match or (bool(match[1]) != bool(match[3]) and match[1]):
+        return None
+    rest = re.sub(r"^[*_`\"'”’$}]{1,6}", "", text[match.end() : match.end() + 80])
+    link = r"\s{0,3}(?:,\s{0,3}(?:and|or)?|/|&|\+|\band\b|\bor\b)\s{0,3}"
+    another = re.match(rf"{link}(?i:{KIND}\s)?[(\[]?[{letters}]\b(?!['’])", rest)
+    if another or rest.lstrip().startswith("?"):
+        return None
+    letter = match[2].upper()
+    if match[3]:
+        return letter
+    word = re.match(r"\.\s{1,3}([a-z]+)", rest)
+    if word and word[1] in EPITHETS:
+        return None
+    ended = re.match(r"(?:[,;:)\]]|\.(?![\w])|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])", rest)
+    if ended or not rest.strip():
+        return letter
+    word = re.match(r"\s{1,3}([a-z]+)\b", rest)
+    return letter if word and word[1] in AFTER else None
+
+
+def _sentences(text: str, letters: str) -> Iterator[str | None]:
+    hedge = re.compile(rf"[(\[]?[{letters}][)\]]?\s{{0,3}}(?:,|/|&|\+|and\b|or\b)")
+    for pattern in (SENTENCE, CHOSEN):
+        for match in pattern.finditer(text):
+            letter = _label(text, match.end(), letters)
+            if (letter or hedge.match(text, match.end())) and not _denied(text, match):
+                yield letter
+    for match in re.finditer(BEHIND.format(letters), text):
+        if not _denied(text, match) and not UNSURE.search(match[1]):
+            yield match[2]
+    for match in re.finditer(RIGHT.format(letters), text):
+        if not _denied(text, match):
+            yield match[1]
+
+
+def _denied(text: str, match: re.Match) -> bool:
+    return UNSURE.search(text[max(0, match.start() - 60) : match.start()]) is not None
+
+
+def _lines(text: str, letters: str) -> Iterator[str | None]:
+    lines = [line.strip(" *_`>#-\t") for line in text.strip().splitlines() if line.strip()]
+    if not lines:
+        return
+    labelled = [_line(line, letters) for line in lines]
+    if len({x for x in labelled if x}) > 1:
+        yield None
+    elif labelled[0] or labelled[-1]:
+        yield labelled[0] or labelled[-1]
+
+
+def _line(line: str, letters: str) -> str | None:
+    bare = line.strip(" ()[].:*")
+    if len(bare) == 1 and (bare in letters or (bare.upper() in letters and line != bare)):
+        return bare.upper()
+    return _label(line, 0, letters) if re.match(rf"[(\[]?[{letters}][.):\]]", line) else None

@@ -1,0 +1,129 @@
+"""The letter that a reply commits to: plain forms, traps without any letter, speed."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bbkit.evaluate import extract_choice
+
+SAID = [
+    "C", "(C)", "c)", "C.", "**C**", "C. Generation of free radicals", "(C) Generation",
+    "C) disclose the error", "The answer is C", "The answer is C.", "the answer is (C)",
+    "The answer is (c).", "The correct answer is: C", "The correct answer is option C.",
+    "The best answer is **C**.", "**Answer:** C", "Answer: (C) Generation of free radicals",
+    "ANSWER: C", "Final answer: C", "Final Answer:\n\nC", "My answer is C, since B is wrong.",
+    "The answer is C because the nerve is cut.", "The answer is C - Generation",
+    "Therefore, the answer is most likely C.", "Thus the correct option is C: aspirin.",
+    "The correct choice is C.", "The answer choice is C. Start heparin.", "I would choose C.",
+    "I choose (C).", "Option C is correct.", "Option (C) is the best answer.",
+    "Choice C is the most appropriate.", r"So \boxed{C}.", r"\boxed{\text{(C)}}",
+    r"$\boxed{\mathrm{C}}$", r"\boxed{C. heparin}", '{"answer_choice": "C"}', '{"answer": "C"}',
+    '{"step_by_step_thinking": "A and B fail", "answer_choice": "C. Generation"}',
+    '{"answer_choice": "(C)"}', '{"answer_choice": "option C"}', '{"answer_choice": C}',
+    "<reasoning>The answer is B?</reasoning><answer>C</answer>", "<answer>(c)</answer>",
+    "<answer>C) virus</answer>", "<answer>C. virus</answer> The answer is D.",
+    "The answer is Brucella (option C).", "If it were viral, A would do. The answer is C.",
+    "It is not clear at first, but the answer is C.", "A 35-year-old man has gout.\nAnswer: C",
+    "Vitamin D is low and hepatitis B is out. The answer is (C).", "Reasons follow.\n\nC",
+    "The answer is C. C. difficile is treated so.", "Answer: C\nA is wrong. B is wrong.",
+    "The answer is C. Again: the answer is C.", "the answer would be C", "The answer should be C.",
+]  # fmt: skip
+THINGS = [
+    "vitamin {}", "hepatitis {}", "group {} streptococcus", "{} cells", "influenza {} virus",
+    "protein {}", "factor {} deficiency", "type {} personality", "Table {}", "point {}",
+    "immunoglobulin {}", "blood group {}", "apolipoprotein {}", "cyclin {}", "{} fibres",
+]  # fmt: skip
+FRAMES = [
+    "It is {}.", "The answer is {}.", "The most likely diagnosis is {}", "{} explains it.",
+    "<answer>{}</answer>", '{{"answer_choice": "{}"}}', "Answer: {}", r"\boxed{{{}}}",
+]  # fmt: skip
+TRAPS = [
+    "", "   ", "None of the above.", "I do not know.", "A patient with gout needs rest.",
+    "A 40-year-old man", "The answer is A virus.", "The answer is a virus.", "A virus causes it.",
+    "Options A and B are wrong.", "Options A and B are wrong, D too.", "A and B are both right.",
+    "The answer is A or B.", "The answer is either A or B.", "The answer is A and C.",
+    "The answer is A/B.", "Answer: A, B", "The answer is A. The answer is B.",
+    "Answer: A\nAnswer: B", '{"answer_choice": "A/B"}', '{"answer_choice": "A and B"}',
+    '{"answer_choice": "None of the above"}', '{"answer_choice": ""}', '{"answer_choice": "E"}',
+    '{"answer_choice": "A"} {"answer_choice": "B"}', "<answer>A</answer><answer>B</answer>",
+    "<answer>A or B</answer>", "<answer></answer>", "<answer>A", r"\boxed{A} or \boxed{B}",
+    r"\boxed{42}", "The answer is not B.", "The answer is not (B).", "If the answer is B, stop.",
+    "I don't think the answer is B.", "Is the answer B?", "It is wrong to say the answer is B.",
+    "Whether the answer is B is unclear.", "The answer is C. difficile.", "Answer: B. cereus",
+    "The answer is A. fumigatus.", "Answer: D. latum", "Answer: C-reactive protein",
+    "The answer is D-dimer.", "Answer: B12", "The answer is C3.", "The answer is A1c.",
+    "Option B is incorrect.", "Option B is not correct.", "Option B is wrong.",
+    "A. is wrong because of x.\nB. is wrong because of y.", "A) virus\nB) worm\nC) fungus",
+    "Neither A nor B.", "All of A, B, C and D.", "Grade B evidence.", "Stage C disease",
+    "The answer is B cells.", "The answer is E.", "Answer: X", "The answer is hepatitis (B).",
+    "The answer is not Brucella (option A).", "The answer is B?", "Plan B. Plan A failed.",
+    "Vitamin D.", "hepatitis B", "Hepatitis\nB virus", "Child-Pugh class B", "Klasse B",
+    "La respuesta no es B.", "答案", "D2 receptors", "The answer is B's sister.",
+    "The answer is A & D.", "Answer: A+B", "the answer is b cells",
+]  # fmt: skip
+NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
+TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
+
+
+@pytest.mark.parametrize("reply", SAID)
+def test_a_committed_letter_is_read(reply):
+    assert extract_choice(reply) == "C"
+
+
+def test_there_are_two_hundred_traps():
+    assert len(set(TRAPS)) >= 190 and len(set(TRAPS)) + len(SAID) >= 250
+
+
+@pytest.mark.parametrize("reply", sorted(set(TRAPS)))
+def test_no_letter_is_read_where_none_is_committed_to(reply):
+    assert extract_choice(reply) is None
+
+
+def test_other_letters_can_be_asked_for():
+    assert extract_choice("The answer is (E).", "ABCDE") == "E"
+    assert extract_choice("The answer is E. coli.", "ABCDE") is None
+    assert extract_choice("Answer: J", "ABCDEFGHIJ") == "J"
+
+
+@given(st.text(alphabet="ABCD abcd()[]{}.,:;*\"'\\n\n<>/answerboxisxtheoption", max_size=200))
+def test_whatever_comes_is_a_letter_or_none(text):
+    assert extract_choice(text) in {None, "A", "B", "C", "D"}
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "the answer is ", "\\boxed{", '"answer_choice":  ', "A", "( ", "<answer>", "option A is ",
+        " ", "\n", "the answer is x (option ", '"answer": "', "answer:" + " " * 12,
+    ],
+)  # fmt: skip
+def test_a_megabyte_is_read_in_linear_time(unit):
+    seconds = []
+    for size in (100_000, 1_000_000):
+        text = unit * (size // len(unit))
+        began = time.process_time()
+        extract_choice(text)
+        seconds.append(time.process_time() - began)
+    assert seconds[1] < 40 * max(seconds[0], 0.01), seconds
+
+
+@pytest.mark.parametrize("name", ["medqa", "mmlu"])
+def test_chain_of_thought_replies_are_read_as_recorded_or_not_at_all(name):
+    """GPT-3.5's replies: the record falls back on the first letter, or A, where none is given."""
+    folder = os.environ.get("BBKIT_DATA_DIR")
+    path = Path(folder or "", "answers", f"{name}__cot__gpt-35-turbo-16k.jsonl")
+    if not folder or not path.exists():
+        pytest.skip(f"no {path.name}: set BBKIT_DATA_DIR to a folder with answers/")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ours = [extract_choice(row["response"]) for row in rows]
+    read = [(o, r) for o, r in zip(ours, rows, strict=True) if o is not None]
+    assert all(o == r["reference_extracted"] for o, r in read)
+    assert len(read) / len(rows) > 0.96
+    for letter, row in zip(ours, rows, strict=True):
+        if letter is None:
+            assert row["reference_extracted"] in "ABCD"  # a guess
