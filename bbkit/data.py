@@ -9,7 +9,7 @@ which sets stand for which of its claims is our choice, and each card says so.
 import difflib
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -52,14 +52,18 @@ def cards() -> list[str]:
     return sorted(p.stem for p in _folder().glob("*.md") if p.stem != "README")
 
 
+def path_of(name: str) -> Path:
+    """Where a data card lies. InputError for an unknown name, with the nearest one."""
+    return _named("data card", name, {n: _folder() / f"{n}.md" for n in cards()})
+
+
 def card(name: str) -> dict:
     """The front matter of a data card. InputError for an unknown name, with the nearest one.
 
     >>> card("pubmedqa")["splits"]["test"]["rows"]
     500
     """
-    path = _named("data card", name, {n: _folder() / f"{n}.md" for n in cards()})
-    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n", 2)[1])
+    return yaml.safe_load(path_of(name).read_text(encoding="utf-8").split("---\n", 2)[1])
 
 
 def _split(card_name: str, split: str) -> dict:
@@ -249,16 +253,3 @@ def verify(card_name: str, data_dir: str | Path | None = None) -> dict[str, int]
             f"{card_name}: none of its files is in {data_dir}; see data_cards/README.md"
         )
     return counts
-
-
-def overlap(first: Sequence[Example], second: Sequence[Example]) -> list[tuple[str, str]]:
-    """Contamination: pairs of ids whose context and question read alike but for case and spaces.
-
-    >>> a, b = Example("1", "short", "What?"), Example("2", "short", " what? ")
-    >>> overlap([a], [b])
-    [('1', '2')]
-    """
-    known: dict[str, list[str]] = {}
-    for e in first:
-        known.setdefault(normal(f"{e.context} {e.question}"), []).append(e.id)
-    return [(a, e.id) for e in second for a in known.get(normal(f"{e.context} {e.question}"), [])]

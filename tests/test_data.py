@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bbkit import data, layouts
+from bbkit import contamination, data, layouts
 from bbkit.config import CannotRun, InputError
 
 CARDS = Path(__file__).parents[1] / "data_cards"
@@ -658,7 +658,7 @@ def test_real_pubmedqa_halves(data_dir):
     assert not {e.id for e in train} & {e.id for e in test}
     for half in (train, test):
         assert Counter(e.answer for e in half) == {"yes": 276, "no": 169, "maybe": 55}
-    assert not data.overlap(train, test)
+    assert not contamination.find(train, test).hits["normalised"]
 
 
 def test_real_mmlu_subjects_and_its_repeated_questions(data_dir):
@@ -683,14 +683,10 @@ def test_real_splits_share_no_question_across_roles(data_dir):
             except InputError:
                 continue  # not in this folder; the test above checks what is
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        assert data.overlap(found[first], found[second]) == []
-
-
-def test_overlap_sees_case_and_spaces_only():
-    row = data.Example("1", "choice", "Which bone?", context="A man.")
-    same = data.Example("2", "choice", "which  BONE?", context="a man. ")
-    other = data.Example("3", "choice", "Which bones?", context="A man.")
-    assert data.overlap([row], [same, other]) == [("1", "2")]
+        hits = contamination.find(found[first], found[second]).hits
+        assert hits["exact"] == {}
+        # Two general instructions differ from training ones by a mark alone; their card says so.
+        assert len(hits["normalised"]) == (2 if (first, second) == ("train", "validation") else 0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,202 @@
+"""Which test rows stand in what is trained on: every training source against every test set.
+
+Serves every accuracy claim: leakage is a live dispute in this field (UCSC-VLAA/m1 issue 4,
+MedReason issue 4). `python -m bbkit.contamination --data-dir DIR --write` puts what it finds into
+the data cards of the test sets, with examples; a test says when a card is older than its sources.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bbkit import data, files
+from bbkit.config import InputError
+from bbkit.prompts import Example
+
+GRAM = 13  # words, as in GPT-3's report (arXiv 2005.14165, appendix C)
+KINDS = ("exact", "normalised", f"{GRAM}-gram")
+BEGIN, END = "<!-- contamination: begin -->", "<!-- contamination: end -->"
+WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass
+class Overlap:
+    """Test rows that stand in a training source, by the strictest kind that holds for each."""
+
+    train_rows: int = 0
+    hits: dict[str, dict[str, str]] = field(default_factory=lambda: {k: {} for k in KINDS})
+    shared: dict[str, str] = field(default_factory=dict)  # test id -> the words they share
+
+
+def text_of(example: Example) -> str:
+    """What a test taker reads before the options: context and question."""
+    return f"{example.context} {example.question}".strip()
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case, without punctuation.
+
+    >>> words_of("A 35-year-old man, who…")
+    ['a', '35', 'year', 'old', 'man', 'who']
+    """
+    return WORD.findall(text.casefold())
+
+
+def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
+    """Rows of `test` that `train` contains: as they are, but for case and punctuation, or in part.
+
+    A part is 13 words in a row. `hits[kind]` maps the test row's id to the training row's.
+
+    >>> a = Example("1", "short", "Which bone breaks first?")
+    >>> b = Example("2", "short", "which bone, breaks FIRST")
+    >>> find([a], [b]).hits["normalised"]
+    {'2': '1'}
+    """
+    exact: dict[str, list[str]] = {}
+    normal: dict[str, list[str]] = {}
+    grams: dict[str, list[str]] = {}
+    for row in test:
+        words = words_of(text_of(row))
+        exact.setdefault(text_of(row), []).append(row.id)
+        normal.setdefault(" ".join(words), []).append(row.id)
+        for gram in set(_grams(words)):
+            grams.setdefault(gram, []).append(row.id)
+    found = Overlap()
+    best: dict[str, tuple[str, str, str]] = {}
+    for row in train:
+        found.train_rows += 1
+        words = words_of(text_of(row))
+        seen = [(KINDS[0], i, "") for i in exact.get(text_of(row), ())]
+        seen += [(KINDS[1], i, "") for i in normal.get(" ".join(words), ()) if words]
+        seen += [(KINDS[2], i, g) for g in _grams(words) for i in grams.get(g, ())]
+        for kind, test_id, gram in seen:
+            known = best.get(test_id)
+            if known is None or KINDS.index(kind) < KINDS.index(known[0]):
+                best[test_id] = (kind, row.id, gram)
+    for test_id, (kind, train_id, gram) in best.items():
+        found.hits[kind][test_id] = train_id
+        if gram:
+            found.shared[test_id] = gram
+    return found
+
+
+def _grams(words: Sequence[str]) -> Iterator[str]:
+    for start in range(len(words) - GRAM + 1):
+        yield " ".join(words[start : start + GRAM])
+
+
+def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(card, split) of every training source, and of every test set."""
+    known = [(name, split) for name in data.cards() for split in data.card(name)["splits"]]
+    train = [pair for pair in known if data.role(*pair) == "train"]
+    return train, [pair for pair in known if data.role(*pair) == "test"]
+
+
+def fingerprint(test: tuple[str, str]) -> str:
+    """Changes whenever a training source or this test set does: revisions, or generated rows."""
+    told = [GRAM, *(_checksums(*pair) for pair in [*pairs()[0], test])]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_checksums = functools.cache(data.checksums)  # of generated rows: seconds
+
+
+def section(test: tuple[str, str], found: dict[tuple[str, str], Overlap | str], rows: int) -> str:
+    """The part of a data card on one test set: a table of all training sources, and examples."""
+    lines = [
+        f"Of the {rows:,} rows of `{test[1]}`, so many stand in training sources: as they are, but",
+        f"for case and punctuation, or with {GRAM} words in a row in common. Context and question",
+        "are compared; each row counts once, by the strictest.",
+        "",
+        f"| training source | its rows | {' | '.join(KINDS)} |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, split), overlap in found.items():
+        if isinstance(overlap, str):
+            lines.append(f"| {name} `{split}` | not read: {overlap} | | | |")
+        else:
+            counts = [f"{len(overlap.hits[kind]):,}" for kind in KINDS]
+            lines.append(
+                f"| {name} `{split}` | {overlap.train_rows:,} | " + " | ".join(counts) + " |"
+            )
+    for (name, split), overlap in found.items():
+        if isinstance(overlap, str):
+            continue
+        for kind in KINDS:
+            for test_id, train_id in list(overlap.hits[kind].items())[:2]:
+                shared = overlap.shared.get(test_id, "") if kind == KINDS[2] else ""
+                lines.append(
+                    f"- {kind}: row {test_id} and {name} `{split}` row {train_id}"
+                    + (f": “{shared}”" if shared else "")
+                )
+    lines += ["", f"Made by `python -m bbkit.contamination`; sources {fingerprint(test)}."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
+    p = argparse.ArgumentParser(
+        prog="python -m bbkit.contamination", description="Training sources against test sets."
+    )
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train; else the Hub")
+    p.add_argument("--tests", metavar="CARD,…", help="only these test sets (default: all)")
+    p.add_argument("--write", action="store_true", help="put the tables into the data cards")
+    args = p.parse_args(argv)
+    try:
+        return _main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(args: argparse.Namespace) -> int:
+    sources, tests = pairs()
+    chosen = args.tests.split(",") if args.tests else sorted({name for name, _ in tests})
+    for name in chosen:
+        data.card(name)  # says so if there is none
+    loaded: dict[tuple[str, str], list[Example] | str] = {}
+    for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)]):
+        try:
+            loaded[pair] = data.load(*pair, args.data_dir)
+        except InputError as error:
+            loaded[pair] = "not in this folder" if args.data_dir else str(error)
+    for name in chosen:
+        parts = []
+        for test in (t for t in tests if t[0] == name):
+            rows = loaded[test]
+            if isinstance(rows, str):
+                print(f"{name} {test[1]}: {rows}; its card stays as it is")
+                continue
+            found = {
+                pair: train if isinstance(train := loaded[pair], str) else find(train, rows)
+                for pair in sources
+            }
+            parts.append(section(test, found, len(rows)))
+        if parts:
+            text = "\n\n".join(parts)
+            print(f"\n## {name}\n\n{text}")
+            if args.write:
+                _write(name, text)
+    return 0
+
+
+def _write(name: str, text: str) -> None:
+    path = data.path_of(name)
+    card = path.read_text(encoding="utf-8")
+    block = f"{BEGIN}\n## Contamination\n\n{text}\n{END}\n"
+    if BEGIN in card:
+        before, _, rest = card.partition(BEGIN)
+        card = before + block + rest.partition(END)[2].lstrip("\n")
+    else:
+        card = f"{card.rstrip()}\n\n{block}"
+    files.write_bytes(path, card.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
