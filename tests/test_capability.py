@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import adapters, config, models
+from bbkit import adapters, config, gradients, models
 from bbkit.capability import capability_aware
 from bbkit.config import InputError
 
@@ -218,6 +218,25 @@ def test_retention_is_never_opposed(build, combination):
     assert {"cosine/vowels/retention", "coefficient/retention", "retention_loss"} <= set(row)
 
 
+def test_in_adams_metric_no_loss_rises_along_adams_direction(build):
+    """Along D⁻¹d, D from the second moments before the step; momentum is not in it."""
+    along = []
+
+    class Seen(capability_aware(GRPOTrainer, controller="fixed", metric="adam")):
+        def _combine(self):
+            scale = gradients.adam_scale(self.optimizer, self.capture.parameters.values())
+            super()._combine()
+            step = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
+            for row in self.observed.values() if scale is not None else ():
+                if row.norm() > 0:
+                    along.append(nn.functional.cosine_similarity(row, scale * step, dim=0).item())
+
+    trainer = build(trainer=Seen, steps=8, arguments={"max_completion_length": 16})
+    trainer.observed = {}
+    trainer.train()
+    assert len(along) >= 14 and min(along) >= -1e-5, along
+
+
 def test_rewards_that_say_nothing_leave_the_weights_alone(build):
     def nothing(completions, **_):
         return [None] * len(completions)
@@ -301,7 +320,7 @@ import sys
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
-from bbkit import adapters, config, models
+from bbkit import adapters, config, gradients, models
 from bbkit.capability import capability_aware
 
 out, ranks = sys.argv[1], int(sys.argv[2])
