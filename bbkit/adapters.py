@@ -127,7 +127,8 @@ def average(one: str | Path | None, other: str | Path, alpha: float, out: str | 
     ranks = 0
     for folder, share in parts:
         config = files.read_json(Path(folder) / "adapter_config.json")
-        if config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        odd = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        if any(config.get(key) for key in odd):
             raise InputError(f"{folder}: only LoRA of one rank and plain scaling can be averaged")
         with reading(str(folder)):
             tensors = safetensors.torch.load_file(Path(folder) / ADAPTER)
@@ -137,7 +138,10 @@ def average(one: str | Path | None, other: str | Path, alpha: float, out: str | 
             scale = share * config["lora_alpha"] / config["r"] if ".lora_A." in name else 1.0
             stacked.setdefault(name, []).append(tensor * scale)
         ranks += config["r"]
-    joined = {n: torch.cat(t, dim=0 if ".lora_A." in n else 1) for n, t in stacked.items()}
+    try:
+        joined = {n: torch.cat(t, dim=0 if ".lora_A." in n else 1) for n, t in stacked.items()}
+    except RuntimeError as error:
+        raise InputError(f"{other}: matrices of other sizes than in {one}: another base") from error
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "adapter_config.json", config | {"r": ranks, "lora_alpha": ranks})

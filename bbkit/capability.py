@@ -101,7 +101,8 @@ def capability_aware(
                 weights = self.controller.update(replace(seen, gramian=self.gramian))
                 self.reward_weights = torch.tensor(weights).to(self.reward_weights)
                 for k, name in enumerate(self.reward_func_names):
-                    self._note(f"sigma/{name}", seen.sigma[k] or 0.0)
+                    if (sigma := seen.sigma[k]) is not None:
+                        self._note(f"sigma/{name}", sigma)
                     self._note(f"weight/{name}", weights[k])
             return found
 

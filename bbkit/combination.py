@@ -21,9 +21,9 @@ def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor |
     `preference` (K,) weighs the gradients (default: 1/K each); one of 0 marks a gradient that
     only constrains, such as retention: the update must not oppose it. `dual_cone` projects the
     preferred sum onto the cone that opposes no gradient, `upgrad` each gradient by itself;
-    `random` is a placebo. A gradient that is 0 keeps its preference and takes no part; with a
-    Gramian that is not finite the answer is the preference. All but `sum` and the last step are
-    TorchJD's weightings (arXiv 2406.16232 and the works it cites).
+    `mgda` and `random`, a placebo, take only its sum. A gradient that is 0 keeps its preference and
+    takes no part; with a Gramian that is not finite the answer is the preference. All but `sum` and
+    the last step are TorchJD's weightings (arXiv 2406.16232 and the works it cites).
 
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
     >>> [round(c, 3) for c in combine(conflict, "dual_cone", [1.0, 0.0]).tolist()]

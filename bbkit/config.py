@@ -363,6 +363,10 @@ def _consistent(s: Settings) -> Settings:
         (batch % g.micro_batch_size, "grpo.micro_batch_size must divide prompts x generations"),
         (sum(vars(g.weights).values()) == 0, "grpo.weights must not all be 0"),
         (
+            g.metric == "adam" and not g.optimizer.startswith("adamw_torch"),
+            f"grpo.metric=adam reads float second moments, grpo.optimizer={g.optimizer} keeps none",
+        ),
+        (
             g.controller.floor * 3 >= 1,
             "grpo.controller.floor must be below 1/3: there are 3 rewards",
         ),

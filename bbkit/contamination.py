@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bbkit import data, files
-from bbkit.config import InputError
+from bbkit.config import CannotRun, InputError
 from bbkit.prompts import Example
 
 GRAM = 13  # words, as in GPT-3's report (arXiv 2005.14165, appendix C)
@@ -107,12 +107,18 @@ def fingerprint(test: tuple[str, str]) -> str:
 _checksums = functools.cache(data.checksums)  # of generated rows: seconds
 
 
-def section(test: tuple[str, str], found: dict[tuple[str, str], Overlap | str], rows: int) -> str:
+def section(
+    test: tuple[str, str], found: dict[tuple[str, str], Overlap | str], rows: Sequence[Example]
+) -> str:
     """The part of a data card on one test set: a table of all training sources, and examples."""
+    whole = data.card(test[0])["splits"][test[1]].get("rows")
+    some = f", a sample of {whole:,}," if isinstance(whole, int) and whole != len(rows) else ""
+    long = sum(len(words_of(text_of(row))) >= GRAM for row in rows)
     lines = [
-        f"Of the {rows:,} rows of `{test[1]}`, so many stand in training sources: as they are, but",
-        f"for case and punctuation, or with {GRAM} words in a row in common. Context and question",
-        "are compared; each row counts once, by the strictest.",
+        f"Of the {len(rows):,} rows of `{test[1]}`{some} so many stand in training sources as they",
+        f"are, but for case and punctuation, or with {GRAM} words in a row in common ({long:,}",
+        "are as long). Context and question are compared; each row counts once, by the",
+        "strictest.",
         "",
         f"| training source | its rows | {' | '.join(KINDS)} |",
         "|---|---|---|---|---|",
@@ -150,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         return _main(args)
-    except InputError as error:
+    except (InputError, CannotRun) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 3
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -164,8 +170,10 @@ def _main(args: argparse.Namespace) -> int:
     for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)]):
         try:
             loaded[pair] = data.load(*pair, args.data_dir)
-        except InputError as error:
-            loaded[pair] = "not in this folder" if args.data_dir else str(error)
+        except InputError:
+            if args.data_dir is None or _there(pair, args.data_dir):
+                raise
+            loaded[pair] = "not in this folder"
     for name in chosen:
         parts = []
         for test in (t for t in tests if t[0] == name):
@@ -177,13 +185,22 @@ def _main(args: argparse.Namespace) -> int:
                 pair: train if isinstance(train := loaded[pair], str) else find(train, rows)
                 for pair in sources
             }
-            parts.append(section(test, found, len(rows)))
+            parts.append(section(test, found, rows))
         if parts:
             text = "\n\n".join(parts)
             print(f"\n## {name}\n\n{text}")
             if args.write:
                 _write(name, text)
     return 0
+
+
+def _there(pair: tuple[str, str], folder: Path) -> bool:
+    """Whether a file of the split is in the folder: then it is no gap but a fault."""
+    if not folder.is_dir():
+        raise InputError(f"--data-dir {folder}: no such folder")
+    entry = data.card(pair[0])["splits"][pair[1]]
+    known = entry.get("files", []) + entry.get("sample", {}).get("files", [])
+    return any((folder / file["path"]).is_file() for file in known)
 
 
 def _write(name: str, text: str) -> None:

@@ -88,27 +88,20 @@ def divergence(
 ) -> list[float]:
     """KL(π‖π_base) in nats per token along each reply to its prompt, exact over the vocabulary.
 
+    Along greedy replies: the distance where the model goes, no estimate of the KL of sequences.
     `model` is a PEFT model; the base is the same model with its adapter off.
     """
     import torch
 
-    rows = []
-    for example, reply in zip(examples, replies, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            prompts.messages(example), add_generation_prompt=True, tokenize=False
-        )
-        asked, whole = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (prompt, prompt + reply + tokenizer.eos_token)
-        )
-        rows.append((whole, len(asked)))
+    pairs = zip(examples, replies, strict=True)
+    rows = [prompts.encode(tokenizer, example, reply) for example, reply in pairs]
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     was_training = model.training
     model.eval()
     while order:
         width = len(rows[order[0]][0])
-        most = max(1, 2**25 // (model.config.vocab_size * width))  # logits of at most 128 MB
+        most = max(1, 2**25 // (model.config.vocab_size * width))  # logits: 128 MB for each copy
         chosen, order = order[:most], order[most:]
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)

@@ -13,42 +13,66 @@ from bbkit import prompts
 
 # After a genus: "C. difficile" is no option C. Texts of options are not known here.
 EPITHETS = (
-    "abortus actinomycetemcomitans aerogenes albicans anthracis auris bacilliformis baumannii "
-    "botulinum braziliense bronchiseptica burgdorferi burnetii caninum canis cantonensis "
-    "cepacia cereus cloacae coli corrodens dermatitidis difficile diphtheriae duodenale elegans "
-    "faecalis faecium fetus flavus fragilis freundii fumigatus gattii glabrata granulosus "
-    "hafniensis henselae hermsii histolytica hominis immitis israelii jejuni koseri latum "
-    "lumbricoides malayi mallei medinensis melanogaster melitensis microti multilocularis "
-    "neoformans niger parapertussis parvum perfringens pertussis phagocytophilum pneumoniae "
-    "pseudomallei psittaci quintana recurrentis rhusiopathiae subtilis suis terreus tetani "
-    "trachomatis vermicularis"
+    "abortus acnes actinomycetemcomitans aerogenes albicans anthracis auris bacilliformis "
+    "baumannii botulinum braziliense bronchiseptica burgdorferi burnetii caninum canis "
+    "cantonensis cepacia cereus cloacae coli corrodens dermatitidis diff difficile diphtheriae "
+    "duodenale elegans faecalis faecium felis fetus flavus fragilis freundii fumigatus gattii "
+    "glabrata granulosus hafniensis henselae hermsii histolytica hominis hydrophila immitis "
+    "israelii jejuni koseri krusei latum lumbricoides lusitaniae malayi mallei medinensis "
+    "melanogaster melitensis microti minutissimum multilocularis neoformans niger novyi "
+    "parapertussis parapsilosis parvum perfringens pertussis phagocytophilum pneumoniae "
+    "pseudomallei psittaci quintana recurrentis rhusiopathiae septicum sinensis sordellii "
+    "subtilis suis terreus tetani trachomatis tropicalis ulcerans upsaliensis vermicularis"
 ).split()
 GAP = r"[\s*_`\"'“”‘’$]{0,12}"
 # Words that may follow a bare letter: no noun of which the letter would be a part (B cells).
-AFTER = "because since as due based given which for with here therefore thus per according".split()
-IS = r"(?:\s{1,4}(?:is|would\ be|should\ be|must\ be|will\ be|was)\b|\s{0,4}[:=])"
-KIND = r"(?:answer|option|choice|letter)"
-SURE = r"(?:(?:most\ likely|likely|probably|clearly|thus|therefore|indeed|simply)\s{1,4})?"
+AFTER = "because since as due based given which here therefore thus per according".split()
+IS = (
+    r"(?:\s{1,4}(?:(?:here|to\s(?:this|the)\squestion)\s)?"
+    r"(?:is|would\sbe|should\sbe|must\sbe|will\sbe|was|(?:appears|seems)\sto\sbe)\b|\s{0,4}[:=])"
+)
+KIND = r"(?:answer|option|choice|letter|response)"
+SURE = r"(?:(?:most\slikely|likely|probably|clearly|thus|therefore|indeed|simply)\s{1,4})?"
 NAMED = rf"(?:(?:the\s)?{KIND}\s{{1,4}}|{KIND}:\s{{0,4}})?"
 SENTENCE = re.compile(
-    rf"(?i:\b(?:answer|choice|option)(?:\s{{1,4}}{KIND})?{GAP}{IS}){GAP}:?{GAP}(?i:{SURE}{NAMED})"
+    rf"(?i:\b(?:answer|choice|option|response|ans)\.?(?:\s{{1,4}}{KIND})?{GAP}{IS}){GAP}:?{GAP}"
+    rf"(?i:{SURE}{NAMED})"
 )
 CHOSEN = re.compile(
     r"(?i:\b(?:i|i'd|i'll|we)\s(?:would\s|will\s)?(?:choose|select|pick|go\swith)\s{1,4}"
     rf"(?:the\s)?{KIND}?){GAP}"
 )
-# "The answer is Brucella (option A)" and "option A is correct"; {} are the letters.
+# "The answer is Brucella (option A)", "option A, a worm, is correct", "A is correct."; {} are the
+# letters. Without "option" only at the start of a sentence: "hepatitis B is the best answer".
 BEHIND = (
     r"(?i:\b(?:answer|choice)\s{{1,4}}is\s)([^.;\n()]{{1,120}})"
     r"\((?i:answer|option|choice|letter)\s{{1,4}}([{}])\)"
 )
 RIGHT = (
-    r"(?i:\b(?:option|choice|answer))\s{{1,3}}[(\[]?([{}])[)\]]?\s{{1,3}}is\s(?:the\s)?"
-    r"(?:correct|right|best|most\slikely|most\sappropriate)\b(?!\s(?:in|about|that))"
+    r"(?i:\b(?:option|choice|answer))\s{{1,3}}[*_]{{0,3}}[(\[]?([{}])[)\]]?[*_]{{0,3}}"
+    r"(?:,[^,.;\n]{{1,80}},)?\s{{1,3}}is\s(?:the\s)?"
+    r"(?:correct|right|best|most\slikely|most\sappropriate)\b(?!\s(?:in|about|that|to))"
 )
+BARE = (
+    r"(?m:(?:^|[.:;!]\s{{1,3}}|\b(?i:thus|therefore|hence|so),?\s))[*_]{{0,3}}[(\[]?([{}])[)\]]?"
+    r"[*_]{{0,3}}\sis\s(?:the\s)?(?:correct|right|best)(?:\s(?:answer|option|choice))?\s?"
+    r"(?:[.,;!]|$|\n|because|since)"
+)
+LAST = re.compile(r"(?i:(?:thus|therefore|hence|so),?\s)?(?i:(?:option|choice)\s)?[*_]{0,3}")
 UNSURE = re.compile(
-    r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|not|never|neither|cannot|wrong|incorrect|"
-    r"rather\sthan|instead\sof|except)\b|n't\b|n’t\b)[^.;:,\n]*$"
+    r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|neither|rather\sthan|instead\sof|except|"
+    r"students?|student's|people|many|tempting|(?:some|one)\s(?:might|may|could|would)|"
+    r"(?:wrong|incorrect|mistaken?)\s(?:to|that)|"
+    r"(?:not|never|cannot|n't|n’t)\s(?:think|believe|say|clear|certain|sure|conclude|mean|that|the))"
+    r"\b)[^.;:,\n]*$|n['’]t\s(?:think|believe|say|conclude|mean)\b[^.;:,\n]*$"
+)
+TAKEN_BACK = re.compile(
+    r"[^.\n]{0,12}\b(?:no,?\swait|wait|sorry)\b"
+    r"|,?\s{1,3}(?:which|but)\b[^.\n]{0,20}(?:wrong|incorrect)"
+)
+REFUSED = re.compile(
+    r"(?i:\b(?:is|are|was|would\sbe)\s(?:also\s)?(?:incorrect|wrong|unlikely|false|"
+    r"not\s(?:the|correct|right|likely|an?\s(?:answer|option|choice)|supported|indicated))\b)"
 )
 
 
@@ -62,6 +86,7 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
     >>> extract_choice("The answer is A or B."), extract_choice("The answer is C. difficile.")
     (None, None)
     """
+    text = PLAIN.sub("", text.rpartition("</think>")[2].translate(WIDE))
     for kind in (_tag, _json, _boxed, _sentences, _lines):
         found = set(kind(text, letters))
         if found:
@@ -70,8 +95,10 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
 
 
 LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
+PLAIN = re.compile(r"\\[()]|</?(?i:b|i|em|strong)>")  # marks around a letter
+WIDE = str.maketrans("：（）．", ":().")
 FIELD = (
-    r'"(?:final_)?(?i:answer)(?:_choice|_letter|_option)?"\s{0,8}:\s{0,8}'
+    r'"(?:final_|correct_)?(?i:answer|choice|option)(?:_choice|_letter|_option)?"\s{0,8}:\s{0,8}'
     r'(?:"([^"\n]{0,400})"|([A-Z])\b)'
 )
 
@@ -88,8 +115,11 @@ def _json(text: str, letters: str) -> Iterator[str | None]:
 
 
 def _boxed(text: str, letters: str) -> Iterator[str | None]:
-    for given in re.findall(r"\\boxed\s{0,4}\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}", text):
-        yield _whole(re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}]", "", given), letters)
+    shape = r"\\boxed\s{0,4}\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}"
+    for match in re.finditer(shape, text):
+        if not REFUSED.match(text[match.end() : match.end() + 40].lstrip(" $")):
+            inner = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}]", "", match[1])
+            yield _whole(inner, letters)
 
 
 def _whole(given: str, letters: str) -> str | None:
@@ -109,36 +139,42 @@ def _label(text: str, at: int, letters: str) -> str | None:
     if not match or (bool(match[1]) != bool(match[3]) and match[1]):
         return None
     rest = re.sub(r"^[*_`\"'”’$}]{1,6}", "", text[match.end() : match.end() + 80])
-    link = r"\s{0,3}(?:,\s{0,3}(?:and|or)?|/|&|\+|\band\b|\bor\b)\s{0,3}"
-    another = re.match(rf"{link}(?i:{KIND}\s)?[(\[]?[{letters}]\b(?!['’])", rest)
-    if another or rest.lstrip().startswith("?"):
+    link = r"\s{0,3}(?:,\s{0,3}(?:and|or|then)?|/|&|\+|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
+    apart = r"\b(?!['’]|\s(?:is|was|are|would|can|does|fails)\b)"
+    if re.match(rf"{link}(?i:{KIND}\s)?[(\[]?[{letters}]{apart}", rest):
+        return None
+    if rest.lstrip().startswith("?") or TAKEN_BACK.match(rest):
         return None
     letter = match[2].upper()
     if match[3]:
         return letter
-    word = re.match(r"\.\s{1,3}([a-z]+)", rest)
-    if word and word[1] in EPITHETS:
+    word = re.match(r"\.\s{0,3}([A-Za-z]+)", rest)
+    if word and word[1].casefold() in EPITHETS:
         return None
-    ended = re.match(r"(?:[,;:)\]]|\.(?![\w])|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])", rest)
-    if ended or not rest.strip():
+    ended = r"(?:[,;:)\]]|\.(?:(?!\w)|(?=[A-Z][a-z]{2}))|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])"
+    if re.match(ended, rest) or not rest.strip():
         return letter
     word = re.match(r"\s{1,3}([a-z]+)\b", rest)
     return letter if word and word[1] in AFTER else None
 
 
 def _sentences(text: str, letters: str) -> Iterator[str | None]:
-    hedge = re.compile(rf"[(\[]?[{letters}][)\]]?\s{{0,3}}(?:,|/|&|\+|and\b|or\b)")
+    hedge = re.compile(rf"[(\[]?[{letters}][)\]]?\s{{0,3}}(?:,|/|&|\+|\(?(?:and|or)\b|as\swell)")
+    small = re.compile(rf"([{letters.lower()}])[.)]?[*_ ]{{0,4}}(?:$|\n)")
     for pattern in (SENTENCE, CHOSEN):
         for match in pattern.finditer(text):
             letter = _label(text, match.end(), letters)
+            lower = small.match(text, match.end()) if match[0].rstrip("* ")[-1:] == ":" else None
+            letter = lower[1].upper() if lower else letter
             if (letter or hedge.match(text, match.end())) and not _denied(text, match):
                 yield letter
     for match in re.finditer(BEHIND.format(letters), text):
-        if not _denied(text, match) and not UNSURE.search(match[1]):
+        if not _denied(text, match) and not re.search(r"\b(?:not|neither)\b|n['’]t", match[1]):
             yield match[2]
-    for match in re.finditer(RIGHT.format(letters), text):
-        if not _denied(text, match):
-            yield match[1]
+    for shape in (RIGHT, BARE):
+        for match in re.finditer(shape.format(letters), text):
+            if not _denied(text, match):
+                yield match[1]
 
 
 def _denied(text: str, match: re.Match) -> bool:
@@ -157,7 +193,13 @@ def _lines(text: str, letters: str) -> Iterator[str | None]:
 
 
 def _line(line: str, letters: str) -> str | None:
+    """The letter of a line that is a label, or a label and an option's text, not refused."""
+    line = line[LAST.match(line).end() :]  # type: ignore[union-attr]
     bare = line.strip(" ()[].:*")
     if len(bare) == 1 and (bare in letters or (bare.upper() in letters and line != bare)):
         return bare.upper()
-    return _label(line, 0, letters) if re.match(rf"[(\[]?[{letters}][.):\]]", line) else None
+    # "A: text" may be an answer to "Q:".
+    labelled = re.match(rf"[(\[]?[{letters}](?:[*_]{{0,3}}[.):\]]|\s{{1,2}}[-–—]\s)", line)
+    if not labelled or line.startswith("A:") or REFUSED.search(line[:300]):
+        return None
+    return _label(line, 0, letters)

@@ -253,13 +253,18 @@ def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from the second moments before the step; None at first."""
+    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from the second moments before the step; None at first.
+
+    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
+    """
     group = next(g for g in optimizer.param_groups if g["params"])
     parts = []
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state:
+        if not state:
             return None
+        if "exp_avg_sq" not in state:
+            raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
         corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
         parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
     return torch.cat(parts)
@@ -298,23 +303,25 @@ def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
 def noise_to_signal(parts: Tensor) -> float:
     """tr Cov of a group's part in the gradient over |the mean part|², from `group_gram` (B, B).
 
-    The lower, the fewer groups a step needs. Both are estimated from the same B groups, so it
-    saturates near B where there is no signal. NaN where the gradient is 0.
+    The lower, the fewer groups a step needs. |mean|² is the mean product of two different groups,
+    which no noise raises; NaN where that is not above 0: no signal beyond the noise.
 
-    >>> noise_to_signal(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # two parts at right angles
-    2.0
+    >>> noise_to_signal(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    1.0
     """
-    count, mean = len(parts), parts.sum() / len(parts) ** 2
-    spread = (parts.diagonal().sum() / count - mean) * count / (count - 1)
-    return (spread / mean).item()
+    own = parts.diagonal().sum()
+    signal = (parts.sum() - own) / (len(parts) * (len(parts) - 1))
+    return ((own / len(parts) - signal) / signal).item() if signal > 0 else math.nan
 
 
-def halves(advantages: Tensor) -> Tensor:
-    """(N, 2K) advantages: the K columns on the even sequences, then the K on the odd ones.
+def halves(advantages: Tensor, group: int = 1) -> Tensor:
+    """(N, 2K) advantages: the K columns on the even groups, then the K on the odd ones.
 
-    Captured, they give two independent estimates of each gradient; see `reliability`.
+    Captured, they give two estimates of each gradient (see `reliability`), independent if `group`
+    is the number of completions per prompt: those share a mean.
     """
-    even = (torch.arange(len(advantages), device=advantages.device) % 2 == 0).unsqueeze(1)
+    places = torch.arange(len(advantages), device=advantages.device) // group
+    even = (places % 2 == 0).unsqueeze(1)
     return torch.cat([advantages * even, advantages * ~even], dim=1)
 
 

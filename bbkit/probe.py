@@ -6,7 +6,6 @@ same state and on the same completions. What a first-order promise is worth is m
 """
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -49,13 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    from bbkit import train
+
     if not (args.run / "run.json").exists():
         raise InputError(f"{args.run}: no run.json; name the folder of a run")
+    stored = config.from_dict(files.read_json(args.run / "run.json")["settings"], str(args.run))
+    group, size = stored.grpo.generations, stored.grpo.micro_batch_size
+    if args.prompts < 4 or args.prompts * group % size:
+        wanted = f"4 or more, and {group} times it a multiple of {size}"
+        raise InputError(f"--prompts {args.prompts}: {wanted}")
+    train.go_private(args.offline or stored.model.name == "pocket")
     found: dict[str, Any] = {"run": str(args.run), "stage": args.stage, "prompts": args.prompts}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_at(args, Path(folder))
-        inputs = sample(trainer)
-        found["noise"] = noise(trainer, inputs)
+        trainer = trainer_at(args, Path(folder), {"steps": 1, "prompts": args.prompts})
+        found["noise"] = noise(trainer, sample(trainer))
         print("| noise to signal of one group | all | low entropy | high entropy | / grpo |")
         print("|---|---|---|---|---|")
         for scheme, row in found["noise"].items():
@@ -64,48 +70,53 @@ def _main(args: argparse.Namespace) -> int:
             cells.append(f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]")
             print(f"| {scheme} | " + " | ".join(cells) + " |")
         for metric in ("euclidean", "adam") if args.steps else ():
-            trainer = trainer_at(args, Path(folder), steps=args.steps, metric=metric)
-            found[f"opposed_{metric}"] = counted = opposed(trainer)
-            told = ", ".join(
-                f"{k} {v['share']:.0%} (cosine {v['cosine']:+.3f})" for k, v in counted.items()
+            changed = {"steps": args.steps, "metric": metric, "retention": 4}
+            counted = opposed(trainer_at(args, Path(folder), changed))
+            found[f"opposed_{metric}"] = counted
+            told = (
+                f"{k} {v['share']:.0%} of {v['n']} (mean cosine {v['cosine']:+.3f})"
+                for k, v in counted.items()
             )
-            print(f"{metric} metric, share of {args.steps} steps that raise a loss: {told}")
+            print(f"{metric} metric, steps that raise a loss to first order: {', '.join(told)}")
     if args.out:
-        files.write_bytes(args.out, (json.dumps(found, indent=1) + "\n").encode())
+        files.write_json(args.out, found)
     return 0
 
 
-def trainer_at(args: argparse.Namespace, folder: Path, steps: int = 1, metric: str = "euclidean"):
-    """The kit's trainer of the full method at the adapter of a stage, before its first step."""
+def trainer_at(args: argparse.Namespace, folder: Path, changed: Mapping[str, Any]):
+    """The kit's trainer at the adapter of a stage, before its first step.
+
+    Capability-aware advantages and dual cone; `changed` are other settings of `grpo`.
+    """
     import torch
 
     from bbkit import adapters, grpo, models, retention, train
 
-    stored = files.read_json(args.run / "run.json")["settings"]
-    settings = config.from_dict(stored, str(args.run))
-    values = config.to_dict(settings)
+    values = files.read_json(args.run / "run.json")["settings"]
     values["grpo"] |= {
-        "steps": steps, "advantages": "capability", "combination": "dual_cone", "metric": metric,
-        "prompts": args.prompts if steps == 1 else values["grpo"]["prompts"],
-        "beta": 0.0, "updates_per_generation": 1, "save_steps": 10**9,
-    }  # fmt: skip
+        "advantages": "capability", "combination": "dual_cone", "retention": 0, "beta": 0.0,
+        "updates_per_generation": 1, "save_steps": 10**9, "optimizer": "adamw_torch",
+        "max_grad_norm": 0.0,
+    } | dict(changed)  # fmt: skip
     values["run"]["seed"] = args.seed
-    settings = config.from_dict(values)
+    settings = config.from_dict(values, str(args.run))
+    section = settings.grpo
     rows = train.load_rows(settings, args.data_dir, args.offline)
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     model, tokenizer = models.load(settings.model, offline=args.offline)
     asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
     kept = None
-    if steps > 1 and general:
-        some = general[: train.ANCHORS]
-        made = retention.anchors(
-            folder / "anchors.jsonl", model, tokenizer, some,
-            settings.grpo.max_completion_length, settings.evaluation.batch_tokens,
+    if section.retention and general:
+        anchored = retention.anchors(
+            folder / "anchors.jsonl", model, tokenizer, general, section.max_completion_length,
+            settings.evaluation.batch_tokens,
         )  # fmt: skip
-        kept = retention.loss(tokenizer, some, made, 4, settings.model.max_length, args.seed)
+        kept = retention.loss(
+            tokenizer, anchored, section.retention, settings.model.max_length, args.seed
+        )
     model = adapters.load_adapter(model, args.run / args.stage / "adapter")
     order = grpo.schedule(
-        asked, general, steps, settings.grpo.prompts, settings.grpo.instruction_share, args.seed
+        asked, general, section.steps, section.prompts, section.instruction_share, args.seed
     )
     return grpo.build(model, tokenizer, order, settings, folder, retention=kept)
 
@@ -122,10 +133,11 @@ def sample(trainer) -> dict[str, Any]:
 
 
 def terms(trainer, inputs: Mapping[str, Any], before=None):
-    """Loss terms at unit advantage (N,), up to one factor for all, and mean entropies (N,).
+    """Loss terms at unit advantage (N,) up to one factor for all, mean entropies (N,), and the
+    log-probabilities (N, T) of the completions' tokens.
 
-    With `before`, the log-probabilities (N, T) of the policy that sampled, the terms are those of
-    the surrogate whose ratio moves with the parameters.
+    With `before`, those of the policy that sampled, the terms are of the surrogate whose ratio
+    moves with the parameters.
     """
     import torch
 
@@ -145,14 +157,19 @@ def terms(trainer, inputs: Mapping[str, Any], before=None):
 def noise(trainer, inputs: Mapping[str, Any]) -> dict[str, dict]:
     """Noise to signal of each advantage scheme on the same completions, split by entropy.
 
-    `ratio` is to GRPO's, with a 95 % bootstrap interval over the groups; `low` and `high` are the
-    halves of the groups by mean token entropy.
+    `ratio` is to GRPO's, with its 95 % jackknife interval over the groups; `low` and `high` are the
+    halves of the groups by mean token entropy. NaN where a batch shows no signal beyond its noise.
+    Raises CannotRun where the gradients of single sequences do not fit into memory.
     """
+    import psutil
     import torch
 
     from bbkit import gradients, weighting
 
     count, group = len(inputs["completion_ids"]), trainer.num_generations
+    width = sum(p.numel() for p in trainer.capture.parameters.values())
+    if not torch.cuda.is_available() and 4 * count * width > psutil.virtual_memory().available / 2:
+        raise CannotRun(f"{count} gradients of {width:,} numbers do not fit; fewer --prompts")
     capture, size = gradients.Capture(trainer.model, count), trainer.args.train_batch_size
     entropies = []
     for start in range(0, count, size):
@@ -161,56 +178,65 @@ def noise(trainer, inputs: Mapping[str, Any]) -> dict[str, dict]:
             capture.next(torch.eye(count)[start : start + size])
             losses, entropy, _ = terms(trainer, part)
             losses.sum().backward()
-        entropies.append(entropy)
+        entropies.append(entropy.cpu())
     capture.drop()
     gram = capture.gramian
     by_group = torch.cat(entropies).view(-1, group).mean(1)
     upper = by_group > by_group.median()
     weights = trainer.controller.weights
-    schemes = {
-        scheme: weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu().double()
-        for scheme in weighting.SCHEMES
-    }
-    columns = schemes["capability"]
-    found = gradients.combine(columns.T @ gram @ columns, "dual_cone", weights)
     wanted = torch.tensor(weights, dtype=torch.float64)
-    totals = {scheme: a @ wanted for scheme, a in schemes.items()} | {OURS: columns @ found}
-    parts = {k: gradients.group_gram(gram, a, group) for k, a in totals.items()}
-    return {
-        scheme: {
-            "all": gradients.noise_to_signal(part),
-            "low": gradients.noise_to_signal(part[~upper][:, ~upper]),
-            "high": gradients.noise_to_signal(part[upper][:, upper]),
-            "ratio": _ratio(part, parts["grpo"])[0],
-            "interval": _ratio(part, parts["grpo"])[1:],
-        }
-        for scheme, part in parts.items()
-    }
+    parts, columns = {}, torch.empty(0)
+    for scheme in weighting.SCHEMES:
+        found = weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu().double()
+        parts[scheme] = gradients.group_gram(gram, found @ wanted, group)
+        columns = found if scheme == "capability" else columns
+
+    def combined(groups):
+        """The dual cone's coefficients come from the same groups."""
+        rows = torch.arange(count).view(-1, group)[groups].flatten()
+        some, a = gram[rows][:, rows], columns[rows]
+        coefficients = gradients.combine(a.T @ some @ a, "dual_cone", weights)
+        return gradients.group_gram(some, a @ coefficients, group)
+
+    every = torch.arange(len(upper))
+    out = {}
+    for scheme in (*parts, OURS):
+
+        def of(groups, scheme=scheme):
+            part = combined(groups) if scheme == OURS else parts[scheme][groups][:, groups]
+            return gradients.noise_to_signal(part)
+
+        def logged(groups, of=of):
+            ratio = of(groups) / gradients.noise_to_signal(parts["grpo"][groups][:, groups])
+            return math.log(ratio) if ratio > 0 else math.nan
+
+        low, high = _jackknife(logged, every)
+        out[scheme] = {
+            "all": of(every), "low": of(every[~upper]), "high": of(every[upper]),
+            "ratio": math.exp(logged(every)), "interval": [math.exp(low), math.exp(high)],
+        }  # fmt: skip
+    return out
 
 
-def _ratio(part, other) -> tuple[float, float, float]:
-    """Of two noises, with its 95 % jackknife interval over the groups, taken on the logarithm."""
-    from bbkit.gradients import noise_to_signal
+def _jackknife(statistic, groups) -> tuple[float, float]:
+    """95 % interval of a statistic of a tensor of groups, by leaving out one after the other."""
+    import torch
 
-    count = len(part)
-    whole = math.log(noise_to_signal(part) / noise_to_signal(other))
-    left = []
-    for i in range(count):
-        keep = [j for j in range(count) if j != i]
-        pair = (noise_to_signal(p[keep][:, keep]) for p in (part, other))
-        left.append(math.log(next(pair) / next(pair)))
+    count = len(groups)
+    left = [statistic(torch.cat([groups[:i], groups[i + 1 :]])) for i in range(count)]
     mean = sum(left) / count
     error = math.sqrt((count - 1) / count * sum((x - mean) ** 2 for x in left))
-    return math.exp(whole), math.exp(whole - 1.96 * error), math.exp(whole + 1.96 * error)
+    return statistic(groups) - 1.96 * error, statistic(groups) + 1.96 * error
 
 
 def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> dict[str, Any]:
     """Predicted against realised change of each capability's surrogate loss along the update.
 
     The update is the dual-cone combination d of all completions; for each step size η in `sizes`
-    J_k(θ − ηd) − J_k(θ) is compared with −η⟨g_k, d⟩. `exponent` is the slope of log |residual| over
-    log η: 2 where the first order holds. Make the model float64 first; its norms and rotary
-    embedding still compute in float32, so that a residual below 1e-6 of the loss is rounding.
+    J_k(θ − ηd) − J_k(θ) is compared with −η⟨g_k, d⟩. `exponent` is the slope of log |residual|, of
+    all capabilities together, over log η: 2 where the first order holds. Make the model float64
+    first; its norms and rotary embedding still compute in float32, so that a residual below 1e-6 of
+    the loss is rounding.
     """
     import torch
 
@@ -237,13 +263,13 @@ def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> 
     realised = torch.stack([values(size) - here for size in sizes])
     values(0.0)  # back
     predicted = -torch.tensor(sizes).to(slopes).unsqueeze(1) * slopes
-    residual = (realised - predicted).abs().log()
+    residual = (realised - predicted).norm(dim=1).log()
     x = torch.tensor(sizes).to(residual).log()
-    centred = (x - x.mean()).unsqueeze(1)
-    exponent = (centred * residual).sum(0) / centred.square().sum()
+    centred = x - x.mean()
+    exponent = (centred * residual).sum() / centred.square().sum()
     return {
         "sizes": list(sizes), "predicted": predicted.T.tolist(), "realised": realised.T.tolist(),
-        "exponent": exponent.tolist(),
+        "exponent": exponent.item(),
     }  # fmt: skip
 
 
@@ -252,7 +278,7 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
     loss rises to first order: ⟨g_k, Δθ⟩ > 0. `cosine` is the mean one of g_k and −Δθ.
     """
     import torch
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     seen: dict[str, list[float]] = {}
 
@@ -263,7 +289,7 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
         def on_step_end(self, *_, **__):
             move = flat() - self.before
             for name, row in trainer.observed.items():
-                if row.norm() > 0:
+                if row.norm() > 0 and move.norm() > 0:  # a warm-up's first step is of length 0
                     cosine = (row @ move) / (row.norm() * move.norm())
                     seen.setdefault(name, []).append(cosine.item())
 
@@ -271,10 +297,15 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
         return torch.nn.utils.parameters_to_vector(trainer.capture.parameters.values()).detach()
 
     trainer.observed = {}
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Count())
     trainer.train()
     return {
-        name: {"share": sum(c > 0 for c in found) / len(found), "cosine": -sum(found) / len(found)}
+        name: {
+            "share": sum(c > 1e-6 for c in found) / len(found),
+            "cosine": -sum(found) / len(found),
+            "n": len(found),
+        }
         for name, found in seen.items()
     }
 

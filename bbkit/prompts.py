@@ -71,6 +71,22 @@ def completion(example: Example) -> str:
     return f"<reasoning>{example.reasoning}</reasoning><answer>{answer}</answer>"
 
 
+def encode(tokenizer, example: Example, reply: str) -> tuple[list[int], int]:
+    """Tokens of prompt, reply and end, and how many are the prompt's.
+
+    In two parts, as a model meets them: together, a newline that opens the reply could join the
+    prompt's last token.
+    """
+    prompt = tokenizer.apply_chat_template(
+        messages(example), add_generation_prompt=True, tokenize=False
+    )
+    asked, said = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (prompt, reply + tokenizer.eos_token)
+    )
+    return asked + said, len(asked)
+
+
 @lru_cache(maxsize=8)  # each reward reads the same reply
 def split_reply(text: str) -> tuple[str | None, str | None, str] | None:
     """Reasoning, answer (None where absent) and the text outside; None where the rule fails.

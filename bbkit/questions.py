@@ -12,7 +12,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from itertools import islice
 
 from bbkit.knowledge import Fact, diseases, facts, having, index, state
 from bbkit.prompts import Example
@@ -259,5 +258,8 @@ def _drawn(
         forms[d[0]] += 1
         ranked.append((forms[d[0]], d))
     ranked.sort(key=lambda x: x[0])
-    rows = (_example(disease, d, short, split, rng) for _, d in ranked)
-    return list(islice((row for row in rows if row is not None), most))
+    rows: dict[str, Example] = {}  # by id: a short question with several right answers comes once
+    for _, d in ranked:
+        if len(rows) < most and (row := _example(disease, d, short, split, rng)):
+            rows.setdefault(row.id, row)
+    return list(rows.values())

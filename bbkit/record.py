@@ -220,8 +220,8 @@ class Run:
     def truncate(self, stage: str, step: int) -> None:
         """Forget metrics and samples written after training step `step` of `stage`.
 
-        Call it with the checkpoint's step before going on from it, and with the last step before
-        evaluating a stage: held-out samples count as later than every step of their stage.
+        Call it with the checkpoint's step before going on from it. Held-out samples count as later
+        than every step of their stage.
         """
 
         def order(row: Mapping[str, Any]) -> tuple[int, bool, int]:
@@ -229,6 +229,10 @@ class Run:
             return STAGES.index(row["stage"]), held_out, 0 if held_out else row["step"]
 
         self._keep(lambda row: order(row) <= (STAGES.index(stage), False, step))
+
+    def forget_held_out(self, stage: str) -> None:
+        """Forget the held-out samples of a stage, before it is evaluated (again)."""
+        self._keep(lambda row: row["stage"] != stage or row.get("kind") != "held-out")
 
     def evaluation(self, stage: str, measures: Mapping[str, Any]) -> None:
         """Put one stage's measures into evaluation.json."""

@@ -162,9 +162,13 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
     A disease, or a general prompt, is one cluster over all runs: seeds of the model do not make
     more diseases. Raises InputError where settings other than run.seed differ, or nothing is there.
     """
+    return summed(pooled_rows(folders))
+
+
+def summed(rows: Mapping[str, Sequence[Mapping]]) -> dict[str, Any]:
+    """Results of item rows by stage, as in evaluation.json."""
     from bbkit import evaluate
 
-    rows = pooled_rows(folders)
     results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
     return results | {"difference": evaluate.changes(rows), "kl": evaluate.divergences(rows)}
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from bbkit import evaluate, files, gradients, prompts
 from bbkit.prompts import Example
 
+ANCHORS = 64  # replies of the base to draw from
+
 
 def anchors(
     path: Path,
@@ -26,41 +28,36 @@ def anchors(
     examples: Sequence[Example],
     max_new_tokens: int,
     batch_tokens: int,
-) -> list[str]:
-    """The base model's replies to `examples`, read from `path` if they have been made before."""
+) -> list[tuple[Example, str]]:
+    """64 of the `examples`, any 64, with the base model's replies.
+
+    These are read from `path` if they have been made before. `model` is the base, without adapter.
+    """
+    places = random.Random(0).sample(range(len(examples)), min(ANCHORS, len(examples)))
+    chosen = [examples[i] for i in sorted(places)]
     if not path.is_file():
-        replies = evaluate.generate(model, tokenizer, examples, max_new_tokens, batch_tokens)
+        replies = evaluate.generate(model, tokenizer, chosen, max_new_tokens, batch_tokens)
         lines = (
             json.dumps({"id": e.id, "reply": r}, ensure_ascii=False) + "\n"
-            for e, r in zip(examples, replies, strict=True)
+            for e, r in zip(chosen, replies, strict=True)
         )
         files.write_bytes(path, "".join(lines).encode())
     kept = {row["id"]: row["reply"] for row in files.read_rows(path)}
-    return [kept[e.id] for e in examples]
+    return [(e, kept[e.id]) for e in chosen]
 
 
 def loss(
-    tokenizer,
-    examples: Sequence[Example],
-    replies: Sequence[str],
-    size: int,
-    max_length: int,
-    seed: int,
+    tokenizer, anchored: Sequence[tuple[Example, str]], size: int, max_length: int, seed: int
 ) -> Callable[[Any, int], Tensor]:
     """A function (model, step) -> mean negative log-likelihood of `size` anchor replies.
 
     Which ones follows from the seed and the step, so that a resumed run sees the same.
     """
     rows = []
-    for example, reply in zip(examples, replies, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            prompts.messages(example), add_generation_prompt=True, tokenize=False
-        )
-        asked, whole = (
-            tokenizer(text, add_special_tokens=False)["input_ids"][:max_length]
-            for text in (prompt, prompt + reply + tokenizer.eos_token)
-        )
-        rows.append((whole, [-100] * len(asked) + whole[len(asked) :]))
+    for example, reply in anchored:
+        whole, asked = prompts.encode(tokenizer, example, reply)
+        whole = whole[:max_length]
+        rows.append((whole, ([-100] * asked + whole[asked:])[: len(whole)]))
     size = min(size, len(rows))
 
     def anchor_loss(model, step: int) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record, report
-from bbkit.config import CannotRun, InputError
+from bbkit.config import CannotRun, InputError, Unhealthy
 
 FULL = (
     "grpo.advantages=capability", "grpo.controller.rule=deficit", "grpo.combination=dual_cone",
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every arm")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
-    p.add_argument("--table", action="store_true", help="only the table of what is there")
+    p.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
     return p
 
 
@@ -64,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return _main(args)
-    except (InputError, CannotRun) as error:
+    except (InputError, CannotRun, Unhealthy) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 3
+        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
+    except KeyboardInterrupt:
+        print("interrupted: the state is saved; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -81,48 +84,67 @@ def _main(args: argparse.Namespace) -> int:
     if not args.table:
         for seed in seeds:
             shared = out / f"sft-{seed}"
-            _train(_words(args, seed, ("grpo.steps=0",), shared), shared)
+            _train(args, seed, ("grpo.steps=0",), shared)
             for arm in arms:
-                folder = out / f"{arm}-{seed}"
-                settings = config.load(args.preset, None, _overrides(args, seed, ARMS[arm]))
-                words = _words(args, seed, ARMS[arm], folder)
-                fork(shared, folder, config.to_dict(settings), words)
-                _train(words, folder)
-    print(table({arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in arms}))
+                _train(args, seed, ARMS[arm], out / f"{arm}-{seed}", shared)
+    there = {arm: [f for s in seeds if _evaluated(f := out / f"{arm}-{s}")] for arm in arms}
+    missing = [f"{arm}-{s}" for arm in arms for s in seeds if out / f"{arm}-{s}" not in there[arm]]
+    if missing:
+        print(f"not finished, and not in the table: {', '.join(missing)}")
+    if any(there.values()):
+        print(table({arm: folders for arm, folders in there.items() if folders}))
     return 0
 
 
-def _overrides(args: argparse.Namespace, seed: int, arm: Sequence[str]) -> list[str]:
-    return [*args.set, *arm, f"run.seed={seed}"]
+def _train(
+    args: argparse.Namespace,
+    seed: int,
+    arm: Sequence[str],
+    folder: Path,
+    shared: Path | None = None,
+) -> None:
+    """One run in a process of its own, so that no arm sees what another left in memory.
 
-
-def _words(args: argparse.Namespace, seed: int, arm: Sequence[str], folder: Path) -> list[str]:
-    """The command of one run, as a user would type it."""
+    With `shared`, it goes on from the SFT of that run.
+    """
+    overrides = [*args.set, *arm, f"run.seed={seed}"]
     words = ["python", "-m", "bbkit.train", "--preset", args.preset, "--out", str(folder)]
-    words += [f"--set={item}" for item in _overrides(args, seed, arm)]
+    words += [f"--set={item}" for item in overrides]
     words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-    return words + (["--offline"] if args.offline else [])
-
-
-def _train(words: Sequence[str], folder: Path) -> None:
-    """One run in a process of its own, so that no arm sees what another left in memory."""
-    manifest = folder / "run.json"
-    if manifest.exists() and files.read_json(manifest).get("status") == "done":
-        return
+    words += ["--offline"] if args.offline else []
+    settings = config.to_dict(config.load(args.preset, None, overrides))
+    if not (folder / "run.json").exists() and shared:
+        fork(shared, folder, settings, words)
+    elif (folder / "run.json").exists():
+        manifest = files.read_json(folder / "run.json")
+        if change := record.first_difference(manifest["settings"], files.plain(settings)):
+            raise InputError(f"{folder}: {change}; undo it or use another --out")
+        if manifest["status"] == "done":
+            return
     print(f"+ {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, *words[1:]]).returncode
+    process = subprocess.Popen([sys.executable, *words[1:]])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # it has had the same signal, and takes some seconds to save
+        process.wait()
+        raise
+    if code == 130:
+        raise KeyboardInterrupt
     if code:
-        raise CannotRun(f"{folder}: the run ended with exit code {code}; the same command goes on")
+        kind = {2: InputError, 4: Unhealthy}.get(code, CannotRun)
+        raise kind(f"{folder}: its run ended with exit code {code}; see the lines above")
+
+
+def _evaluated(folder: Path) -> bool:
+    manifest = folder / "run.json"
+    return manifest.exists() and "evaluate grpo" in files.read_json(manifest)["stages"]
 
 
 def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Sequence[str]) -> None:
     """Begin the run of `command` in `target` with the base and SFT of the finished run `source`.
 
-    Nothing happens where `target` has begun. Raises InputError where other settings than `grpo`'s
-    differ: then the SFT would be another one.
+    Raises InputError where other settings than `grpo`'s differ: then the SFT would be another one.
     """
-    if (target / "run.json").exists():
-        return
     manifest = files.read_json(source / "run.json")
     theirs, ours = dict(manifest["settings"]), dict(files.plain(settings))
     for kept in (theirs, ours):
@@ -142,21 +164,34 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
 
 
 def table(arms: Mapping[str, Sequence[Path]]) -> str:
-    """Results of all arms, pooled over their runs, as one table; changes are to the first arm."""
+    """Results of all arms, pooled over their runs, as one table; changes are to the first arm.
+
+    Intervals are over diseases and prompts; what the seed of the training does is shown by each
+    seed's own change.
+    """
     from bbkit import evaluate
 
     rows = {arm: report.pooled_rows(folders) for arm, folders in arms.items()}
-    found = {arm: report.pooled(folders) for arm, folders in arms.items()}
+    found = {arm: report.summed(pooled) for arm, pooled in rows.items()}
     first = next(iter(arms))
     lines = [["%", *SHOWN.values(), "tax", "KL, questions", "KL, instructions"]]
     shared = found[first]
-    for name, stage in (("base", "base"), ("SFT", "sft")):
+    for name, stage in (("base", "base"), ("SFT", "sft")) if "sft" in shared else ():
         lines.append([name, *_cells(shared, stage)])
     for arm, results in found.items():
         lines.append([arm, *_cells(results, "grpo")])
     for arm in list(arms)[1:]:
         change = evaluate.difference(rows[first]["grpo"], rows[arm]["grpo"])
-        cells = [report.change_cell(change.get(name)) for name in SHOWN]
+        seeds = [
+            evaluate.difference(report.pooled_rows([a])["grpo"], report.pooled_rows([b])["grpo"], 1)
+            for a, b in zip(arms[first], arms[arm], strict=False)
+        ]
+        cells = [
+            f"{report.change_cell(change[name])}; seeds "
+            + " ".join(f"{100 * seed[name]['value']:+.0f}" for seed in seeds)
+            for name in SHOWN
+            if name in change
+        ]
         lines.append([f"{arm} − {first}", *cells, "", "", ""])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -18,7 +18,6 @@ from bbkit.config import CannotRun, InputError, Settings, Unhealthy
 from bbkit.prompts import Example
 
 STAGES = ("sft", "grpo", "evaluate")
-ANCHORS = 64  # replies of the base that retention draws from
 KL_PROMPTS = 64  # of questions and of instructions, on whose replies the KL to the base is taken
 
 
@@ -71,11 +70,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
         print(f"preset {preset}: {reason}")
     overrides = list(args.set) + ([f"run.seed={args.seed}"] if args.seed is not None else [])
     settings = config.load(preset, args.config, overrides)
-    if args.offline or settings.model.name == "pocket":
-        # Set before any Hugging Face import, which reads them once.
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DISABLE_TELEMETRY"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    go_private(args.offline or settings.model.name == "pocket")
     if args.dry_run:
         return _dry_run(settings, args.offline)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
@@ -84,6 +79,14 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     with record.Run(resume or out, config.to_dict(settings), command, resume) as run:
         execute(run, settings, rows, stages, args.data_dir, args.offline)
     return 0
+
+
+def go_private(offline: bool) -> None:
+    """No telemetry, and no connection at all if `offline`; before any Hugging Face import."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def load_rows(
@@ -188,29 +191,28 @@ def execute(
 
     evaluate_stage("base")
     asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
-    anchors: list[str] = []
+    anchored: list = []
     if settings.sft.retention or settings.grpo.retention:  # before any LoRA: the base's replies
         if not general:
             raise InputError("retention: data.grpo names no general instructions to keep; add some")
-        anchors = retention.anchors(
-            run.folder / "anchors.jsonl", model, tokenizer, general[:ANCHORS],
+        anchored = retention.anchors(
+            run.folder / "anchors.jsonl", model, tokenizer, general,
             settings.grpo.max_completion_length, settings.evaluation.batch_tokens,
         )  # fmt: skip
     model = adapters.add_lora(model, settings.model, settings.run.seed)
+    tuned = False
     for stage in ("sft", "grpo"):
         section = getattr(settings, stage)
         adapter = run.folder / stage / "adapter"
-        if stage not in stages or not section.steps:
-            continue
-        if run.is_done(stage):
+        if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
             adapters.load_adapter(model, adapter)
-        else:
+        elif stage in stages and section.steps:
             hooks = Recorder(run, stage, section.steps, settings)
             kept = None
             if section.retention:
                 kept = retention.loss(
-                    tokenizer, general[:ANCHORS], anchors, section.retention,
-                    settings.model.max_length, settings.run.seed,
+                    tokenizer, anchored, section.retention, settings.model.max_length,
+                    settings.run.seed,
                 )  # fmt: skip
             if stage == "sft":
                 trainer = sft.build(
@@ -227,8 +229,12 @@ def execute(
             hooks.train(trainer)
             adapters.save_adapter(model, adapter)
             run.done(stage, seconds=hooks.seconds, peak_gib=round(record.peak_bytes() / 2**30, 2))
+        else:
+            continue
+        tuned = True
         evaluate_stage(stage)
-    adapters.save_adapter(model, run.folder / "adapter")
+    if tuned:
+        adapters.save_adapter(model, run.folder / "adapter")
     print(f"report: {report.write(run.folder)}")
 
 
@@ -241,7 +247,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     from bbkit import evaluate
 
     section, held_out = settings.evaluation, rows["held_out"]
-    run.truncate(stage, getattr(settings, stage).steps if stage != "base" else 0)
+    run.forget_held_out(stage)
     began = time.perf_counter()
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
         replies = evaluate.generate(

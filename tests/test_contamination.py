@@ -34,8 +34,11 @@ def test_every_kind_of_leak_is_found_and_named():
     }  # fmt: skip
     assert found.shared["t2"].split()[:3] == ["a", "35", "year"]
     assert len(found.shared["t2"].split()) == 13
-    text = contamination.section(("medqa", "test"), {("medqa", "train"): found}, 4)
+    text = contamination.section(("medqa", "test"), {("medqa", "train"): found}, TEST)
     assert "| medqa `train` | 5 | 1 | 1 | 1 |" in text
+    assert (
+        "the 4 rows of `test`, a sample of 1,273, so many" in text and "in common (1\nare" in text
+    )
     assert "13-gram: row t2 and medqa `train` row c: “a 35 year old man" in text
 
 
@@ -72,5 +75,13 @@ def test_command_writes_the_card_once_and_refuses_unknown_sets(tmp_path, monkeyp
     assert "| ontology_chains `train` | 449 | 0 | 0 | 0 |" in texts[0]
     assert data.card("constraints")["splits"]  # the front matter is as it was
     monkeypatch.undo()
-    assert contamination.main(["--tests", "nothing"]) == 2
-    assert "no data card 'nothing'" in capsys.readouterr().err
+    for more, said in (
+        (["--tests", "nothing"], "no data card 'nothing'"),
+        (["--data-dir", str(tmp_path / "no")], "no such folder"),
+    ):
+        assert contamination.main(more) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "pubmedqa").mkdir()
+    (tmp_path / "pubmedqa" / "ori_pqal.json").write_text("{")
+    assert contamination.main(["--data-dir", str(tmp_path), "--tests", "constraints"]) == 2
+    assert "pubmedqa" in capsys.readouterr().err  # broken, not absent

@@ -31,6 +31,15 @@ SAID = [
     "It is not clear at first, but the answer is C.", "A 35-year-old man has gout.\nAnswer: C",
     "Vitamin D is low and hepatitis B is out. The answer is (C).", "Reasons follow.\n\nC",
     "The answer is C. C. difficile is treated so.", "Answer: C\nA is wrong. B is wrong.",
+    "C is correct.", "**C** is the correct answer.", "Thus, C is the best answer.", "Option C",
+    "**Option C**", "Option C: heparin", "Option **C** is correct.", "Hence, option C.",
+    "**Option C** is the correct answer.", "Option C, heparin, is the correct answer.",
+    "The correct response is C.", "The answer here is C.", "The answer to this question is C.",
+    "The correct answer appears to be C.", "C.Heparin", "C - Heparin", "**C**: Heparin",
+    r"The answer is \(C\).", "Ans: C", "Answer：C", "<b>C</b>", "answer: c",
+    "The answer is C, A is wrong.", "Since it is not viral the answer is C.",
+    '{"correct_answer": "C"}', '{"choice": "C"}', "Answer: **C) text**", "So the answer is: C",
+    "<think>Perhaps the answer is B.</think> The answer is C.", "The correct answer is **C. text**",
     "The answer is C. Again: the answer is C.", "the answer would be C", "The answer should be C.",
 ]  # fmt: skip
 THINGS = [
@@ -64,6 +73,14 @@ TRAPS = [
     "The answer is not Brucella (option A).", "The answer is B?", "Plan B. Plan A failed.",
     "Vitamin D.", "hepatitis B", "Hepatitis\nB virus", "Child-Pugh class B", "Klasse B",
     "La respuesta no es B.", "答案", "D2 receptors", "The answer is B's sister.",
+    "B) is incorrect.", "B. Metformin is incorrect because", "(B) is not the answer.",
+    r"\\boxed{B} is wrong", "Q: cause?\nA: Brucella", "Let me think.\nA) Aspirin is wrong.",
+    "Many students think the answer is A.", "It is tempting to say that the answer is A here.",
+    "The student's answer is B, which is incorrect.", "Option B is the most likely to be wrong",
+    "The best answer is B for children, C for adults.", "The answer is A (or B).",
+    "The answer is A as well as B.", "Answer: A, then B", "The answer is B -- no wait, C.",
+    "Answer: C. diff", "Answer: C. Difficile", "The answer is C. tropicalis.",
+    "The answer is A. hydrophila.", "Hepatitis B is the best answer.",
     "The answer is A & D.", "Answer: A+B", "the answer is b cells",
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))

@@ -20,16 +20,21 @@ def pocket():
 def test_anchors_are_made_once(pocket, tmp_path):
     path = tmp_path / "anchors.jsonl"
     made = retention.anchors(path, *pocket, GENERAL, 8, 4000)
-    assert len(made) == 4 and any(made)
-    assert retention.anchors(path, None, None, GENERAL[::-1], 8, 4000) == made[::-1]
+    assert [e for e, _ in made] == GENERAL and any(reply for _, reply in made)
+    assert retention.anchors(path, None, None, GENERAL, 8, 4000) == made
+    many = instructions.examples("train", per_kind=20, kinds=instructions.SEEN)
+    some = [e for e, _ in retention.anchors(tmp_path / "b.jsonl", *pocket, many, 1, 4000)]
+    assert len(some) == 64 and {e.entity for e in some} == set(instructions.SEEN)
 
 
 def test_the_loss_is_that_of_the_replies_alone(pocket):
     model, tokenizer = pocket
     replies = ["yes", "a longer reply of some words", "", "no"]
-    one = retention.loss(tokenizer, GENERAL, replies, 2, 256, seed=0)
+    one = retention.loss(tokenizer, list(zip(GENERAL, replies, strict=True)), 2, 256, seed=0)
     assert one(model, 3) == one(model, 3) != one(model, 4)
-    whole = retention.loss(tokenizer, GENERAL[1:2], replies[1:2], 8, 256, seed=0)(model, 0)
+    whole = retention.loss(
+        tokenizer, list(zip(GENERAL, replies, strict=True))[1:2], 8, 256, seed=0
+    )(model, 0)
     turns = tokenizer.apply_chat_template(
         prompts.messages(GENERAL[1]), add_generation_prompt=True, tokenize=False
     )
@@ -45,7 +50,7 @@ def test_the_loss_is_that_of_the_replies_alone(pocket):
 def test_sft_does_not_oppose_the_anchors(pocket, tmp_path):
     model, tokenizer = pocket
     replies = ["yes", "no", "a b c", "ok"]
-    kept = retention.loss(tokenizer, GENERAL, replies, 4, 256, seed=0)
+    kept = retention.loss(tokenizer, list(zip(GENERAL, replies, strict=True)), 4, 256, seed=0)
     steps = []
 
     class Watched(retention.retaining(SFTTrainer, kept)):

@@ -1,6 +1,11 @@
 """Arms that share their SFT: what is carried over, what is refused, the table."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -61,6 +66,32 @@ def test_again_only_the_table_is_made(made, capsys):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
+    words = ["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]
+    assert study.main([*words, "--set", "grpo.steps=3"]) == 2
+    assert "grpo-0: grpo.steps was 2 and is now 3" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said(made, capsys):
+    assert study.main(["--table", "--arms", "gdpo,grpo", "--seeds", "0,1", "--out", str(made)]) == 0
+    out = capsys.readouterr().out
+    assert "not in the table: gdpo-0, gdpo-1, grpo-1" in out and "| grpo |" in out
+
+
+def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path):
+    words = ["-m", "bbkit.study", "--arms", "grpo", "--seeds", "0", "--out", str(tmp_path), *TINY]
+    study_ = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "sft-0" / "run.json").exists() and study_.poll() is None:
+        time.sleep(0.1)
+    os.killpg(study_.pid, signal.SIGINT)  # as a terminal does
+    _, err = study_.communicate(timeout=300)
+    assert study_.returncode == 130 and "the same command goes on" in err
+    assert "Traceback" not in err
+
+
 def test_another_sft_is_not_carried_over(made, tmp_path):
     settings = config.to_dict(config.load("pocket", None, ["sft.steps=3"]))
     with pytest.raises(InputError, match=r"cannot go on from its SFT, "):
@@ -73,7 +104,6 @@ def test_another_sft_is_not_carried_over(made, tmp_path):
     [
         (["--arms", "grpo,ful"], "no arm 'ful'; use grpo"),
         (["--seeds", "0,a"], "--seeds 0,a"),
-        (["--table", "--out", "nowhere"], "no run.json"),
     ],
 )
 def test_bad_input_is_one_line(words, said, capsys):

@@ -120,6 +120,17 @@ def test_the_same_command_again_changes_nothing(whole):
     assert (whole / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_stages_one_after_the_other_are_the_whole_run(whole, tmp_path):
+    out = tmp_path / "run"
+    for stages in ("sft", "grpo", "evaluate"):
+        code, text, err = finish(start(*SMALL, "--stages", stages, "--out", str(out)))
+        assert code == 0, text + err
+    file = "adapter/adapter_model.safetensors"
+    assert (out / file).read_bytes() == (whole / file).read_bytes()
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found == json.loads((whole / "evaluation.json").read_text())
+
+
 def comparable(folder: Path) -> dict:
     """All that a resumed run must have in common with an uninterrupted one."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -177,6 +188,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, h
         (["--preset", "pocket", "--set", "data.sft=[mmlu_medical]"], 2, "mmlu_medical"),
         (["--preset", "pocket", "--set", "model.name=no/folder/here"], 2, "no/folder/here"),
         (["--preset", "pocket", "--set", "model.backend=unsloth"], 3, "unsloth"),
+        (
+            ["--preset", "t4", "--set", "grpo.metric=adam"],
+            2,
+            "grpo.optimizer=adamw_8bit keeps none",
+        ),
         (
             ["--preset", "pocket", "--set", "data.grpo=[ontology]", "--set", "sft.retention=2"],
             2,
