@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import islice
 
 from bbkit.knowledge import Fact, diseases, facts, having, index, state
 from bbkit.prompts import Example
@@ -192,7 +193,8 @@ def _example(
             return None
         options = picked
     reasoning = " ".join(state(f, i) for f, i in zip(chain, inverse, strict=True))
-    key = f"{question}|{'|'.join(options)}"
+    # Some differ in the gold alone, or in the way that leads there.
+    key = f"{question}|{'|'.join(options)}|{gold}|{chain}"
     return Example(
         id=f"{facts()[chain[0]]}/{form}/{hashlib.sha256(key.encode()).hexdigest()[:8]}",
         task="short" if short else "choice",
@@ -258,8 +260,5 @@ def _drawn(
         forms[d[0]] += 1
         ranked.append((forms[d[0]], d))
     ranked.sort(key=lambda x: x[0])
-    rows: dict[str, Example] = {}  # by id: a short question with several right answers comes once
-    for _, d in ranked:
-        if len(rows) < most and (row := _example(disease, d, short, split, rng)):
-            rows.setdefault(row.id, row)
-    return list(rows.values())
+    rows = (_example(disease, d, short, split, rng) for _, d in ranked)
+    return list(islice((row for row in rows if row is not None), most))

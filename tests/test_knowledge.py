@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from bbkit import evaluate, knowledge, questions
+from bbkit import data, evaluate, knowledge, questions
 from bbkit.config import InputError
 from bbkit.pocket import facts as recipe
 
@@ -92,6 +92,14 @@ def test_both_forms_one_and_two_hops_and_the_clinical_form_occur(rows):
     assert {"cause", "symptom", "transmission", "site", "kind", "clinical"} <= set(forms)
     assert {len(r.steps) for r in rows["test"]} == {1, 2}
     assert 0.02 < sum(r.task == "short" for r in rows["test"]) / len(rows["test"]) < 0.35
+
+
+@pytest.mark.parametrize("card", ["ontology", "ontology_chains"])
+def test_every_question_has_an_id_of_its_own(card):
+    """Before and after are paired by id."""
+    for split in ("train", "validation", "test"):
+        rows = data.load(card, split)
+        assert len({row.id for row in rows}) == len(rows)
 
 
 def test_questions_repeat_by_seed():
