@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record
-from bbkit.config import CannotRun, InputError
+from bbkit.config import CannotRun
 
 WORDS = "fever cough rash virus worm liver blood skin lung bone".split()
 
@@ -44,17 +44,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        if args.peak:
-            print(json.dumps(_peak(args)))
-            return 0
-        return _main(args)
-    except (InputError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 3
+    return config.exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.peak:
+        print(json.dumps(_peak(args)))
+        return 0
     rows = []
     head = ["model", "K", "rank", "variant", "backward", "forward+backward", "step", "+generation"]
     print(" | ".join([*head, "peak MB"]), flush=True)

@@ -7,7 +7,8 @@ rates, warm-up, masking, loss) is a key here, so that settings mean the same wit
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +26,22 @@ class CannotRun(Exception):
 
 class Unhealthy(Exception):
     """Training went wrong (NaN loss or gradient); exit code 4."""
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """What a command line ends with: `command`'s own code, or a known error's after its one line.
+
+    >>> exit_code(lambda: 0)
+    0
+    """
+    try:
+        return command()
+    except (InputError, CannotRun, Unhealthy) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
+    except KeyboardInterrupt:
+        print("interrupted: what is saved stays; the same command goes on", file=sys.stderr)
+        return 130
 
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first

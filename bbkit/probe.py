@@ -40,11 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    try:
-        return _main(args)
-    except (InputError, CannotRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 3
+    return config.exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -197,12 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bbkit.report", description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     folders = parser.parse_args(argv).runs
-    try:
-        together = pooled(folders) if len(folders) > 1 else {}
-        paths = [write(folder) for folder in folders]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return config.exit_code(lambda: _main(folders))
+
+
+def _main(folders: Sequence[Path]) -> int:
+    together = pooled(folders) if len(folders) > 1 else {}
+    paths = [write(folder) for folder in folders]
     print("\n\n".join(_headline(together)) if together else paths[0])
     return 0
 

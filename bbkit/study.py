@@ -62,14 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    try:
-        return _main(args)
-    except (InputError, CannotRun, Unhealthy) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
-    except KeyboardInterrupt:
-        print("interrupted: the state is saved; the same command goes on", file=sys.stderr)
-        return 130
+    return config.exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bbkit import config, files, record
-from bbkit.config import CannotRun, InputError, Settings, Unhealthy
+from bbkit.config import InputError, Settings
 from bbkit.prompts import Example
 
 STAGES = ("sft", "grpo", "evaluate")
@@ -47,16 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    try:
-        return _main(
-            args, ["python", "-m", "bbkit.train", *(sys.argv[1:] if argv is None else argv)]
-        )
-    except (InputError, CannotRun, Unhealthy) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
-    except KeyboardInterrupt:
-        print("interrupted: the state is saved; the same command goes on", file=sys.stderr)
-        return 130
+    words = ["python", "-m", "bbkit.train", *(sys.argv[1:] if argv is None else argv)]
+    return config.exit_code(lambda: _main(args, words))
 
 
 def _main(args: argparse.Namespace, command: list[str]) -> int:
