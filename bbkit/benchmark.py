@@ -265,7 +265,8 @@ def _trainer(made, model, tokenizer, capabilities: int, tokens: int, folder: str
         use_cpu=not on_gpu, bf16=False, report_to="none", beta=0.0, loss_type="dapo",
         gradient_checkpointing=False, learning_rate=1e-6,
     )  # fmt: skip
-    rows = Dataset.from_list([{"prompt": f"Tell me about {w}."} for w in WORDS])
+    prompts = (f"Tell me about {' '.join(WORDS[k:] * tokens)}."[: 5 * tokens] for k in range(8))
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     with keep_float32(model):
         trainer = made(
             model=model, reward_funcs=rewards, args=arguments, train_dataset=rows,

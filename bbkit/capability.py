@@ -209,7 +209,8 @@ def capability_aware(
                 rows.copy_(self.accelerator.reduce(rows, "mean"))
             scaler = self.accelerator.scaler
             scale = scaler.get_scale() if scaler else 1.0  # of float16's loss
-            rows /= scale
+            if scale != 1.0:
+                rows /= scale
             inverse = None
             if metric == "adam":
                 inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())

@@ -25,8 +25,7 @@ class Capture:
     """The K gradients of a model's trainable parameters, as rows of one matrix (K, P).
 
     Columns follow `model.parameters()`, trainable ones only, each flattened; float32, or float64
-    where they are. Of the micro-batch in hand `touched` names the parameters that got a gradient,
-    `fired` those that the one pass saw.
+    where they are. What is captured does not reach `.grad`; `passed_by` names what did.
     """
 
     def __init__(self, model: nn.Module, capabilities: int):
@@ -36,9 +35,7 @@ class Capture:
                 "gradients: the model has no trainable parameter; put LoRA on it first"
             )
         self.engine = "one_pass"
-        self.touched: set[str] = set()
-        self.fired: set[str] = set()
-        self._missed_before: set[str] = set()
+        self.passed_by: set[str] = set()
         self.advantages: Tensor | None = None
         width = sum(p.numel() for p in self.parameters.values())
         first = next(iter(self.parameters.values()))
@@ -55,17 +52,12 @@ class Capture:
         if advantages.dim() != 2 or advantages.shape[1] != len(self._rows):
             wanted = f"(N, {len(self._rows)})"
             raise InputError(f"gradients: advantages are {tuple(advantages.shape)}, not {wanted}")
-        # Each micro-batch by itself: one that was seen does not vouch for the next.
-        self._missed_before.update(self.missed)
-        self.touched.clear()
-        self.fired.clear()
         self.advantages = advantages.detach().to(self._rows)
 
     @property
     def missed(self) -> list[str]:
         """Parameters that got a gradient past the capture: fused kernels, or no linear map."""
-        missed = self._missed_before | (self.touched - self.fired)
-        return [n for n in self.parameters if n in missed]
+        return [n for n in self.parameters if n in self.passed_by]
 
     @property
     def gradients(self) -> Tensor:
@@ -90,8 +82,7 @@ class Capture:
     def clear(self) -> None:
         """Start again: rows of 0 and nothing seen; `.grad` stays as it is."""
         self._rows.zero_()
-        for seen in (self.touched, self.fired, self._missed_before):
-            seen.clear()
+        self.passed_by.clear()
 
     def drop(self) -> None:
         """Forget what stands in `.grad`."""
@@ -122,12 +113,16 @@ class Capture:
             parts[key] = parts.get(key, 0) + gramian(block)
         return parts
 
-    def _add(self, name: str, block: Tensor) -> None:
-        """Contract the gradients of single sequences (N, …) with the advantages (N, K)."""
+    def _take_in(self, name: str, block: Tensor) -> Tensor | None:
+        """Contract gradients of single sequences (N, …) with the advantages (N, K) into the rows.
+
+        Returns what is left for `.grad`: nothing, or the sum of packed or flattened sequences,
+        which cannot be told apart and so count as missed.
+        """
         if self.advantages is None or len(block) != len(self.advantages):
-            return  # packed or flattened sequences: it counts as missed
+            return block.sum(0)
         self._parts[name].addmm_(self.advantages.T, block.flatten(1).to(self._rows))
-        self.fired.add(name)
+        return None
 
 
 class _Linear(torch.autograd.Function):
@@ -154,12 +149,9 @@ class _Linear(torch.autograd.Function):
         if needs[1]:
             inner = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
             block = outer.transpose(1, 2) @ inner.to(outer.dtype)  # (N, out, in)
-            ctx.capture._add(ctx.names[0], block)
-            grads[1] = block.sum(0).to(weight.dtype)
+            grads[1] = ctx.capture._take_in(ctx.names[0], block)
         if needs[2]:
-            block = outer.sum(1)
-            ctx.capture._add(ctx.names[1], block)
-            grads[2] = block.sum(0).to(weight.dtype)
+            grads[2] = ctx.capture._take_in(ctx.names[1], outer.sum(1))
         return *grads, None, None
 
 
@@ -169,7 +161,7 @@ def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Captu
 
     `advantages` (N, K) follow the batch; `loss` is Σ_i ℓ_i, the terms at unit advantage, and the
     batch is the first dimension of what each layer gets. Several backward passes add up, each after
-    `capture.next(advantages)`. `.grad` gets the gradient of `loss` as ever. Gradients of single
+    `capture.next(advantages)`. `.grad` stays empty until `put`. Gradients of single
     sequences as in arXiv 1510.01799, here contracted with the advantages at once.
 
     >>> model = nn.Linear(3, 1, bias=False)
@@ -200,10 +192,10 @@ def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
 
         return forward
 
-    hooks = [
-        p.register_post_accumulate_grad_hook(lambda _, name=n: capture.touched.add(name))
-        for n, p in capture.parameters.items()
-    ]
+    def note(name: str) -> Callable[[Tensor | None], None]:
+        return lambda grad: capture.passed_by.add(name) if grad is not None else None
+
+    hooks = [p.register_hook(note(name)) for name, p in capture.parameters.items()]
     try:
         for module in model.modules():
             trains = any(id(p) in names for p in module.parameters(recurse=False))
@@ -241,15 +233,15 @@ def replay(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Capture:
 def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
     """(K, K) inner products ⟨g_j, S g_k⟩ of rows (K, P), S = diag(scale) (P,) or the identity.
 
-    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps. Summed in
-    float64, a piece at a time: where capabilities conflict, what is left of their sum is small.
+    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps. Pieces are
+    multiplied in the rows' precision and summed in float64; all in float64 took ten times as long.
     """
-    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for start in range(0, gradients.shape[1], 2**18):
-        piece = gradients[:, start : start + 2**18].double()
-        scaled = piece if scale is None else piece * scale[start : start + 2**18]
-        total += (scaled @ piece.T).cpu()
-    return total
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64).to(gradients.device)
+    for start in range(0, gradients.shape[1], 2**16):
+        piece = gradients[:, start : start + 2**16]
+        scaled = piece if scale is None else piece * scale[start : start + 2**16]
+        total += scaled @ piece.T
+    return ((total + total.T) / 2).cpu()
 
 
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
