@@ -8,13 +8,14 @@ base model is judged by what it says and not by its tags.
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bbkit import instructions, prompts, questions, rewards
 from bbkit.extraction import extract_choice as extract_choice  # its documented place
 from bbkit.ifeval import final_answer, score_ifeval
 from bbkit.prompts import Example
+from bbkit.statistics import interval
 
 MEASURES = (
     "domain",
@@ -156,35 +157,6 @@ def measure(example: Example, reply: str) -> dict[str, float | None]:
     return scores
 
 
-def interval(
-    values: Sequence[float], clusters: Sequence[str], draws: int, shares: bool = True, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean, resampling whole clusters.
-
-    `shares` whose values are 0 or 1, each a cluster of its own, get Wilson's score interval
-    (scipy): the bootstrap of a share of 0 or 1 has no width.
-
-    >>> low, high = interval([1.0] * 50, [str(i) for i in range(50)], 100)
-    >>> round(low, 3), high
-    (0.929, 1.0)
-    """
-    import numpy as np
-    from scipy.stats import binomtest
-
-    if shares and len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
-        found = binomtest(round(sum(values)), len(values)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster][0] += value
-        sums[cluster][1] += 1
-    table = np.array(list(sums.values()))  # (clusters, [sum, count])
-    rng = np.random.default_rng(seed)
-    picked = table[rng.integers(0, len(table), (draws, len(table)))].sum(axis=1)
-    low, high = np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _cluster(item: Mapping) -> str:
     return item["entity"] if item["task"] != "instruction" else item["id"]
 
@@ -317,3 +289,11 @@ def baselines(
         low, high = interval(values, [e.entity for e in asked], draws)
         out[name] = {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
     return out
+
+
+if __name__ == "__main__":
+    import sys
+
+    from bbkit import harness
+
+    sys.exit(harness.main())

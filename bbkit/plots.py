@@ -56,7 +56,7 @@ def rewards(folder: Path) -> "Figure | None":
     names = [k.split("/")[1] for r in rows[:1] for k in r if k.startswith("reward/")]
     if not names:
         return None
-    figure, (top, below) = _figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
+    figure, (top, below) = new_figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
     window, trends = max(1, len(rows) // 10), []
     for i, name in enumerate(names):
         x, y = _series(rows, f"reward/{name}")
@@ -71,7 +71,7 @@ def rewards(folder: Path) -> "Figure | None":
     below.margins(y=0.5)
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="weight", ylim=(0, None))
     top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(names), frameon=False)
-    return _caption(
+    return captioned(
         figure,
         "Rewards of the sampled training completions (thin: one step, thick: mean of the last "
         f"{window}) and the weight of each. Notice the trend from the first {window} steps to the "
@@ -87,7 +87,7 @@ def gradients(folder: Path) -> "Figure | None":
     pairs = sorted({k for r in rows for k in r if k.startswith("cosine/")})
     if not pairs:
         return None
-    figure, (top, below) = _figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
+    figure, (top, below) = new_figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
     window, opposed, lines = max(1, len(rows) // 10), [], {}
     for pair in pairs:
         _, one, other = pair.split("/")
@@ -109,7 +109,7 @@ def gradients(folder: Path) -> "Figure | None":
         lines.values(), lines, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3,
         frameon=False, fontsize=8, handlelength=3,
     )  # fmt: skip
-    return _caption(
+    return captioned(
         figure,
         f"Cosine between the gradients of two capabilities in one step (mean of the last {window})"
         f" and the coefficient with which each enters the update. {by_chance}Notice how often two "
@@ -124,7 +124,7 @@ def before_after(folder: Path) -> "Figure | None":
     measures = [m for m in SHOWN if any(m in results[s] for s in stages)]
     if not measures:
         return None
-    figure, axis = _figure(1.6 * len(measures) + 1, 4.6)
+    figure, axis = new_figure(1.6 * len(measures) + 1, 4.6)
     width, ticks = 0.84 / len(stages), []
     for i, measure in enumerate(measures):
         known = [s for s in stages if measure in results[s]]
@@ -156,7 +156,7 @@ def before_after(folder: Path) -> "Figure | None":
         title = "domain accuracy without any model (%)"
         where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "alignment": "left"}
         axis.legend(ncols=3, frameon=False, title=title, **where)
-    return _caption(
+    return captioned(
         figure,
         "Held-out results before and after each stage, with 95 % intervals; diamonds: the same "
         "replies read leniently, whatever their form. Notice what SFT gains in domain and "
@@ -170,7 +170,7 @@ def front(folder: Path) -> "Figure | None":
     stages = [s for s in STAGES if {"domain", "instruction"} <= set(results.get(s, ()))]
     if len(stages) < 2:
         return None
-    figure, axis = _figure(5.6, 5.2)
+    figure, axis = new_figure(5.6, 5.2)
     places = []
     for stage, marker in zip(STAGES, "osD", strict=True):
         if stage not in stages:
@@ -196,7 +196,7 @@ def front(folder: Path) -> "Figure | None":
     axis.set(xlim=(0, 103), ylim=(-3, 103))
     axis.set_xlabel("instruction following, held out (%)", color=color("instruction"))
     axis.set_ylabel("domain accuracy, held out (%)", color=color("domain"))
-    return _caption(
+    return captioned(
         figure,
         "Up is more knowledge used, right is more instructions followed; hollow: replies read "
         f"leniently. Notice the distance to the dashed line, which is the alignment tax{tax}, and "
@@ -214,9 +214,14 @@ FIGURES: dict[str, Callable[[Path], "Figure | None"]] = {
 
 def draw(folder: Path) -> dict[str, str]:
     """Write every figure that the run folder can give to figures/NAME.png; name -> caption."""
+    return save(folder, {name: make(folder) for name, make in FIGURES.items()})
+
+
+def save(folder: Path, figures: Mapping[str, "Figure | None"]) -> dict[str, str]:
+    """Write figures/NAME.png of those that are there; name -> caption."""
     captions = {}
-    for name, make in FIGURES.items():
-        if (figure := make(folder)) is not None:
+    for name, figure in figures.items():
+        if figure is not None:
             (folder / "figures").mkdir(exist_ok=True)
             image = io.BytesIO()
             figure.savefig(image, dpi=150)
@@ -253,7 +258,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], l
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _figure(width: float, height: float, *shape: int, **options: Any) -> tuple["Figure", Any]:
+def new_figure(width: float, height: float, *shape: int, **options: Any) -> tuple["Figure", Any]:
     """A figure of its own (no pyplot: no display, no global state) and its axes."""
     from matplotlib.figure import Figure
 
@@ -266,7 +271,7 @@ def _figure(width: float, height: float, *shape: int, **options: Any) -> tuple["
     return figure, axes
 
 
-def _caption(figure: "Figure", text: str) -> "Figure":
+def captioned(figure: "Figure", text: str) -> "Figure":
     lines = textwrap.fill(text, int(figure.get_figwidth() * 15.5))
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=8.5)
     return figure

@@ -1,0 +1,258 @@
+"""Public benchmarks by `python -m bbkit.evaluate`, on rows made here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bbkit import adapters, config, data, harness, models, prompts, scorecard
+from bbkit.prompts import Example
+from bbkit.tasks import utils
+
+pytest.importorskip("lm_eval")
+
+OPTIONS = ("a virus", "a worm", "a fungus", "a bacterium")
+
+
+def choice(n: int, card: str, entity: str = "", options=OPTIONS, context="") -> Example:
+    question = f"What causes disease number {n}?"
+    fields = {"options": options, "answer": options[n % len(options)], "entity": entity or str(n)}
+    return Example(f"{n:04d}", "choice", question, context, source=card, **fields)
+
+
+MADE = {
+    "medqa": [choice(n, "medqa") for n in range(5)],
+    "mmlu_medical": [
+        choice(10 * s + n, "mmlu_medical", subject)
+        for s, subject in enumerate(harness.SUBJECTS)
+        for n in range(3)
+    ],
+    "pubmedqa": [
+        choice(n, "pubmedqa", options=("yes", "no", "maybe"), context="It was seen.")
+        for n in range(3)
+    ],
+    "medmcqa": [choice(n, "medmcqa") for n in range(3)],
+    "ifeval": [
+        Example(
+            str(n), "instruction", "Write a line without commas.", source="ifeval",
+            constraints=({"kind": "punctuation:no_comma"},
+                         {"kind": "length_constraints:number_words", "relation": "less than",
+                          "num_words": 20}),
+        )
+        for n in range(3)
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda card, split, *_, **__: MADE[card])
+
+
+def run(out, *options) -> int:
+    short = ["--max-new-tokens", "6", "--batch-size", "4"]
+    return harness.main([*short, "--out", str(out), *options])
+
+
+def test_every_task_by_every_protocol(made, tmp_path, capsys):
+    assert run(tmp_path, "--protocols", "loglikelihood,kit,neutral", "--limit", "2") == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())["base"]
+    places = {f"{t}/{p}" for t in harness.OWN for p in harness.PROTOCOLS} | {"ifeval/ifeval"}
+    assert set(found) == places
+    assert found["medqa/kit"]["accuracy"]["n"] == 2
+    assert found["biomed_mmlu/kit"]["accuracy"]["n"] == 12  # two of each subject
+    assert set(found["biomed_mmlu/loglikelihood"]["groups"]) == set(harness.SUBJECTS)
+    assert set(found["ifeval/ifeval"]["groups"]) == {"punctuation", "length_constraints"}
+    assert all(row["seconds"] > 0 and len(row["prompt"]) == 12 for row in found.values())
+    report = (tmp_path / "report.md").read_text()
+    for place in places:
+        assert f"| {place.replace('/', ' | ')} |" in report
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"groups.png", "calibration.png"}
+    assert "Run it again" in report and "python -m bbkit.evaluate" in report
+
+
+def test_a_second_call_asks_the_model_nothing_twice(made, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    options = ("--tasks", "medqa,ifeval", "--limit", "3")
+    assert run(tmp_path, *options) == 0
+    first = [(tmp_path / name).read_bytes() for name in ("evaluation.json", "items.jsonl")]
+
+    def asked(*_, **__):
+        raise AssertionError("the model was asked again")
+
+    monkeypatch.setattr(HFLM, "_model_call", asked)
+    monkeypatch.setattr(HFLM, "_model_generate", asked)
+    assert run(tmp_path, *options) == 0
+    assert first == [(tmp_path / name).read_bytes() for name in ("evaluation.json", "items.jsonl")]
+    with pytest.raises(AssertionError, match="asked again"):
+        run(tmp_path, "--tasks", "medqa", "--limit", "4")
+
+
+def test_log_likelihoods_are_those_of_lm_evals_own_task_on_the_same_file(made, tmp_path):
+    """Its own reader of its own columns, from a file, without the kit's rows."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    assert run(tmp_path, "--tasks", "medqa,biomed_mmlu", "--protocols", "loglikelihood") == 0
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    medqa, mmlu = tmp_path / "medqa.jsonl", tmp_path / "mmlu.jsonl"
+    with medqa.open("w") as file:
+        for e in MADE["medqa"]:
+            endings = {f"ending{i}": text for i, text in enumerate(e.options)}
+            row = {"sent1": e.question, **endings, "label": e.options.index(e.answer)}
+            file.write(json.dumps(row) + "\n")
+    anatomy = [e for e in MADE["mmlu_medical"] if e.entity == "anatomy"]
+    with mmlu.open("w") as file:
+        for e in anatomy:
+            gold = e.options.index(e.answer)
+            row = {"question": e.question, "choices": list(e.options), "answer": gold}
+            file.write(json.dumps(row) + "\n")
+    members = [
+        {"task": name, "dataset_path": "json", "dataset_name": None,
+         "dataset_kwargs": {"data_files": {"test": str(path)}}, **harness.ONE_SPLIT}
+        for name, path in (("medqa_4options", medqa), ("mmlu_anatomy", mmlu))
+    ]  # fmt: skip
+    model, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
+    own = evaluator.evaluate(
+        lm, TaskManager().load({"group": "own", "task": members}), bootstrap_iters=0
+    )["samples"]
+    for name, card, examples in (
+        ("medqa_4options", "medqa", MADE["medqa"]),
+        ("mmlu_anatomy", "biomed_mmlu", anatomy),
+    ):
+        ours = {row["id"]: row for row in items if row["task"] == card}
+        assert len(own[name]) == len(examples)
+        for example, sample in zip(examples, own[name], strict=True):
+            row = ours[example.id]
+            assert row["right"] == sample["acc"]
+            theirs = [response[0] for response in sample["filtered_resps"]]
+            assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_kits_prompt_is_the_one_that_is_trained_on(made, tmp_path):
+    assert run(tmp_path, "--tasks", "pubmedqa", "--protocols", "kit") == 0
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    _, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
+    for e, row in zip(MADE["pubmedqa"], items, strict=True):
+        text = tokenizer.apply_chat_template(
+            prompts.messages(e), add_generation_prompt=True, tokenize=False
+        )
+        assert row["prompt"] == harness._digest(text.encode())
+
+
+def test_with_an_adapter_both_are_measured_and_compared(made, tmp_path):
+    settings = config.load("pocket")
+    model, _ = models.load(settings.model, say=lambda line: None)
+    model = adapters.add_lora(model, settings.model, 0)
+    adapters.save_adapter(model, tmp_path / "same")
+    options = ("--tasks", "medqa,ifeval", "--protocols", "kit", "--limit", "2")
+    assert run(tmp_path / "out", *options, "--adapter", str(tmp_path / "same")) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for place in ("medqa/kit", "ifeval/ifeval"):
+        change = found["difference"][place]
+        assert (change["value"], change["p"], change["p_holm"]) == (0, 1, 1)
+        assert found["tuned"][place]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert (tmp_path / "out" / "figures" / "front.png").exists()
+    assert run(tmp_path / "out", *options) == 2  # another model in the same folder
+
+
+def test_differences_have_their_sign_and_a_family():
+    rows = []
+    for name, rights in (("base", [1, 1, 0, 0]), ("tuned", [1, 1, 1, 1])):
+        for place in ("kit", "neutral"):
+            for i, right in enumerate(rights):
+                row = {"model": name, "task": "medqa", "protocol": place, "id": str(i)}
+                row |= {"entity": str(i), "prompt": "p", "right": float(right), "answer": "A"}
+                rows.append(row | {"reply": "A", "gold": "A"})
+    found = scorecard.results(rows, {})["difference"]
+    assert found["medqa/kit"]["value"] == 0.5 and found["medqa/kit"]["gained"] == 2
+    assert found["medqa/kit"]["p"] == 0.5 and found["medqa/kit"]["p_holm"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("<reasoning>So.</reasoning><answer>B</answer>", "B"),
+        ("<answer>a worm</answer>", "B"),
+        ("<answer>B) a virus</answer>", None),  # letter and text disagree
+        ("Thinking. The answer is (C).", "C"),
+        ("", None),
+        ("La respuesta es clara: el gusano.", None),
+        ("x" * 1_000_000, None),
+        ("The answer is (A). The answer is (B).", None),
+    ],
+)
+def test_what_a_reply_commits_to(reply, letter):
+    doc = utils._row(MADE["medqa"][0])
+    assert utils.read_choice(doc, reply) == letter
+    measures = utils.score(doc, [reply])
+    assert measures["parsed"] == float(letter is not None)
+    assert measures["acc"] == float(letter == "A")
+
+
+def test_shuffling_moves_options_and_keeps_the_right_one(made):
+    plain, mixed = (utils.rows("medqa", shuffle=seed)["test"] for seed in (None, 3))
+    assert [r["options"] for r in plain] != [r["options"] for r in mixed]
+    for a, b in zip(plain, mixed, strict=True):
+        assert sorted(a["options"]) == sorted(b["options"])
+        assert a["options"][a["answer"]] == b["options"][b["answer"]]
+        assert b["letter"] == "ABCD"[b["answer"]]
+
+
+def test_the_task_files_are_found_by_name():
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=str(harness.FOLDER), include_defaults=False).all_tasks
+    wanted = {f"bbkit_{task}{end}" for task in harness.OWN for end in ("", "_neutral")}
+    assert set(known) == wanted | {"bbkit_ifeval"}
+    assert f"description: {prompts.SYSTEM}" in (harness.FOLDER / "medqa.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "medqa,usmle"], "--tasks medqa,usmle: usmle unknown"),
+        (["--protocols", ""], "--protocols : none unknown"),
+        (["--limit", "0"], "--limit 0: 1 or more"),
+        (["--max-new-tokens", "100000", "--tasks", "medqa"], "whole context is"),
+        (["--adapter", "nowhere", "--tasks", "medqa"], "nowhere: no adapter here"),
+    ],
+)
+def test_bad_options_in_one_line(made, tmp_path, capsys, options, said):
+    assert harness.main(["--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_a_missing_subject_is_named(tmp_path, capsys):
+    folder = tmp_path / "data" / "mmlu"
+    folder.mkdir(parents=True)
+    (folder / "anatomy_test.csv").write_text("Which?,a,b,c,d,A\n")
+    options = ["--tasks", "biomed_mmlu", "--data-dir", str(tmp_path / "data")]
+    assert harness.main([*options, "--out", str(tmp_path / "out")]) == 2
+    assert "clinical_knowledge_test.csv" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_repeats_no_finished_item(data_dir, tmp_path):
+    command = [sys.executable, "-m", "bbkit.evaluate", "--tasks", "biomed_mmlu,ifeval"]
+    command += ["--limit", "20", "--max-new-tokens", "32", "--batch-size", "4"]
+    command += ["--data-dir", str(data_dir), "--out"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ}}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, **quiet)
+    for seconds in (25, 40, 50):
+        started = subprocess.Popen([*command, str(tmp_path / "cut")], **quiet)
+        time.sleep(seconds)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, **quiet)
+    whole, cut = ((tmp_path / name / "items.jsonl").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut

@@ -1,0 +1,171 @@
+"""What the kit relies on in the pinned unsloth, read from its source: there is no GPU to run it on.
+
+Each entry of RELIED says what must be there and why. The pin is the one of pyproject's `gpu`.
+"""
+
+import ast
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig, SFTConfig
+
+from bbkit import adapters, config, models, sft
+
+LOADER, LLAMA = "unsloth/models/loader.py", "unsloth/models/llama.py"
+RL, PATCHES = "unsloth/models/rl.py", "unsloth/models/rl_replacements.py"
+# (file, text that must be in it, why)
+RELIED = [
+    (
+        PATCHES,
+        'if function_name != "compute_loss"',
+        "compute_loss is replaced as a whole, so super().compute_loss is unsloth's",
+    ),
+    (PATCHES, 'advantages = inputs["advantages"]', "the loss weighs by what we put there"),
+    (
+        PATCHES,
+        "rewards_per_func = self._calculate_rewards(inputs, prompts",
+        "rewards are asked of the method that capability_aware overrides",
+    ),
+    (RL, "original_training_step(self, model, *args, **kwargs)", "training_step is kept"),
+    (
+        LLAMA,
+        "(lora_dropout == 0 or _fast_lora.FUSED_LORA_DROPOUT)",
+        "dropout 0 turns the fused LoRA path on, which bypasses the LoRA modules: replay",
+    ),
+    (LLAMA, 'and bias == "none"', "the other condition of the fused path"),
+    (LOADER, 'kwargs.get("local_files_only", False)', "nothing is fetched behind our back"),
+    (RL, '"loss_type": "nll"', "SFT's loss is the plain one, as we set it"),
+]
+# Fields that unsloth changes and that no run of ours reads, with the reason.
+IDLE = {
+    "per_device_eval_batch_size": "no evaluation inside the trainer",
+    "eval_accumulation_steps": "no evaluation inside the trainer",
+    "include_tokens_per_second": "a log entry",
+    "include_num_input_tokens_seen": "a log entry",
+    "vllm_mode": "no vLLM",
+    "vllm_importance_sampling_correction": "no vLLM",
+    "generation_kwargs": "empty in TRL too",
+    "router_aux_loss_coef": "capability_aware refuses a router's loss",
+    "padding_free": "off in TRL too unless set",
+    "max_seq_length": "not TRL's name; the model has it",
+}
+
+
+def pinned() -> list[str]:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["gpu"]
+    return [line for line in extra if line.startswith("unsloth==")]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """The pinned unsloth, unpacked and not installed; skips where the index is out of reach."""
+    folder = tmp_path_factory.mktemp("unsloth")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    done = subprocess.run([*command, *pinned()], capture_output=True, text=True, timeout=300)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        pytest.skip(f"cannot download {pinned()[0]}: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder, [n for n in wheel.namelist() if n.startswith("unsloth/models/")])
+    return folder
+
+
+def parameters(path: Path, function: str, owner: str) -> set[str]:
+    """Names that a method of a class takes."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == owner:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == function:
+                    return {a.arg for a in (*method.args.args, *method.args.kwonlyargs)}
+    return set()
+
+
+def changed_defaults(path: Path) -> set[str]:
+    """Keys of every `replacements = {...}` in rl.py: the arguments that unsloth gives anew."""
+    keys: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
+            continue
+        if [getattr(t, "id", "") for t in node.targets] == ["replacements"]:
+            keys |= {k.value for k in node.value.keys if isinstance(k, ast.Constant)}
+    return keys
+
+
+def given() -> set[str]:
+    """Fields that the kit sets for both trainers, and for GRPO in bbkit/grpo.py."""
+    settings = config.load("t4")
+    names = set(sft.arguments(settings.grpo, settings, Path("x"))) | {"bf16", "fp16"}
+    for module in ("grpo.py", "sft.py"):
+        tree = ast.parse((Path(sft.__file__).parent / module).read_text())
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in (
+                "GRPOConfig", "SFTConfig",
+            ):  # fmt: skip
+                names |= {k.arg for k in call.keywords if k.arg}
+    return names
+
+
+def broken(folder: Path) -> list[str]:
+    """What of the contract does not hold for the unsloth in a folder."""
+    found = [
+        f"{file}: {text!r} is gone ({why})"
+        for file, text, why in RELIED
+        if text not in (folder / file).read_text(encoding="utf-8")
+    ]
+    settings = config.load("t4").model
+    asked = models.unsloth_arguments(settings, Path("model"), torch.float16)
+    through = {"use_safetensors", "local_files_only"}  # by **kwargs to transformers
+    known = parameters(folder / LOADER, "from_pretrained", "FastLanguageModel")
+    found += [f"from_pretrained takes no {k}" for k in asked if k not in known | through]
+    lora = adapters.unsloth_lora_arguments(settings, LoraConfig(target_modules=["q_proj"]), 0)
+    known = parameters(folder / LLAMA, "get_peft_model", "FastLlamaModel")
+    found += [f"get_peft_model takes no {k}" for k in lora if k not in known]
+    fields = {f.name for made in (GRPOConfig, SFTConfig) for f in dataclasses.fields(made)}
+    changed = changed_defaults(folder / RL)
+    if not {"learning_rate", "loss_type", "optim"} <= changed:
+        found.append("rl.py: the table of changed defaults is not found")
+    left = (changed & fields) - given() - set(IDLE)
+    return found + [f"unsloth changes {k}, which the kit leaves to the default" for k in left]
+
+
+def test_the_pinned_unsloth_is_as_relied_on(source):
+    assert broken(source) == []
+
+
+def test_rewards_are_patched_nowhere_else(source):
+    text = (source / PATCHES).read_text(encoding="utf-8")
+    assert '!= "_calculate_rewards"' not in text and "def _calculate_rewards" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [(file, text, re.sub("[a-z_]{4,}", "renamed", text, count=1)) for file, text, _ in RELIED]
+    + [
+        (LOADER, "use_exact_model_name = False", "exact_name = False"),
+        (LLAMA, "random_state = 3407", "seed = 3407"),
+        (RL, '"torch_empty_cache_steps": 250', '"max_completion_length": 8, "adam_beta1": 0.8'),
+        (RL, '"optim": "adamw_8bit",', '"epsilon_high": 0.3,'),
+    ],
+)
+def test_a_renamed_name_is_noticed(source, tmp_path, file, old, new):
+    copy = tmp_path / "copy"
+    for name in (LOADER, LLAMA, RL, PATCHES):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, copy / name)
+    text = (copy / file).read_text(encoding="utf-8")
+    assert old in text
+    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+    if '"torch_empty_cache_steps"' in old:  # fields that the kit sets: no harm
+        assert broken(copy) == []
+    else:
+        assert broken(copy)
