@@ -16,7 +16,8 @@ import torch
 
 from bbkit import files
 from bbkit.config import InputError
-from bbkit.models import one_line, protect_4bit, reading, rebuild
+from bbkit.hub import one_line, reading
+from bbkit.models import protect_4bit, rebuild
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from peft import LoraConfig, PeftModel

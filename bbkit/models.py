@@ -8,20 +8,16 @@ Each choice made here is said with its reason.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import importlib.util
 import os
-import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import files
+from bbkit import hub, memory
 from bbkit.config import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
@@ -30,10 +26,7 @@ if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from bbkit.config import Model as ModelSettings
 
 Say = Callable[[str], Any]
-POCKET = Path(__file__).parent / "pocket"
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a Hub model; no pickles
 PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")
-CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
 
 
 def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tuple[Any, Any]:
@@ -45,11 +38,11 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     """
     backend = choose_backend(settings, say)  # first of all: it may import unsloth
     dtype, device = choose_dtype(settings, say)
-    config, sizes = _measure(settings, dtype, offline)
-    _check_memory(settings, sizes, device, say)
-    path = locate(settings.name, settings.revision, offline)
-    with reading(settings.name):
-        _refuse_pickles(path)
+    config, sizes = memory.measure(settings, dtype, offline)
+    memory.check(settings, sizes, device, say)
+    path = hub.locate(settings.name, settings.revision, offline)
+    with hub.reading(settings.name):
+        hub.refuse_pickles(path)
         if backend == "unsloth":
             from unsloth import FastLanguageModel
 
@@ -58,7 +51,7 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
             model = _from_transformers(settings, config, path, dtype, device)
         from transformers import AutoTokenizer, GenerationConfig
 
-        folder, options = _source(path)
+        folder, options = hub.source(path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         tokenizer.clean_up_tokenization_spaces = False
         fix_ending(tokenizer, say)
@@ -89,7 +82,7 @@ def choose_backend(settings: ModelSettings, say: Say = print) -> str:
         try:
             importlib.import_module("unsloth")
         except Exception as error:  # missing, or at odds with the stack in any of many ways
-            obstacle = f"unsloth does not import ({one_line(error)}); pip install -e '.[gpu]'"
+            obstacle = f"unsloth does not import ({hub.one_line(error)}); pip install -e '.[gpu]'"
     if settings.backend == "unsloth" and obstacle:
         raise CannotRun(f"model.backend unsloth: {obstacle}; or set model.backend: transformers")
     name = "transformers" if settings.backend == "transformers" or obstacle else "unsloth"
@@ -132,73 +125,6 @@ def unsloth_arguments(settings: ModelSettings, path: Path, dtype: torch.dtype) -
         "max_lora_rank": settings.lora_rank,
         **{"trust_remote_code": False, "use_safetensors": True, "local_files_only": True},
     }
-
-
-def locate(
-    name: str, revision: str = "", offline: bool = False, wanted: tuple[str, ...] = FILES
-) -> Path:
-    """Folder or .gguf file of "pocket", a path, or a Hub id, whose `wanted` files are fetched.
-
-    >>> locate("./nowhere")
-    Traceback (most recent call last):
-    bbkit.config.InputError: model ./nowhere: no such folder or file, and not a Hub id (owner/name)
-    """
-    path = POCKET if name == "pocket" else Path(name).expanduser()
-    if path.is_dir() or name == "pocket":
-        if not (path / "config.json").is_file():
-            raise InputError(f"model {name}: no config.json in {path}: not a model folder")
-        return path
-    if path.is_file():
-        with path.open("rb") as file:
-            if path.suffix != ".gguf" or file.read(4) != b"GGUF":
-                raise InputError(f"model {name}: a file, but not a gguf one")
-        return path
-    if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise InputError(f"model {name}: no such folder or file, and not a Hub id (owner/name)")
-    import huggingface_hub as hub
-    from httpx import HTTPError
-
-    # besides pickles, what is left out are the same weights in other formats
-    options: dict[str, Any] = {"revision": revision or None, "local_files_only": offline}
-    options |= {"allow_patterns": list(wanted), "ignore_patterns": ["*/*", "consolidated*"]}
-    try:
-        return Path(hub.snapshot_download(name, **options))
-    except (OSError, ValueError, HTTPError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise CannotRun(f"model {name}: the disk is full; make room for it") from error
-        closed, why = offline or hub.constants.HF_HUB_OFFLINE, one_line(error)
-        if isinstance(error, hub.errors.LocalEntryNotFoundError):
-            why = "not cached, and " + ("this run is offline" if closed else "no way to the Hub")
-        mend = f"run `hf download {name}` first, or set model.name to a folder or .gguf file"
-        raise InputError(f"model {name}: {why}; {mend}") from error
-
-
-def model_bytes(settings: ModelSettings, offline: bool = False) -> dict[str, int]:
-    """Bytes that a model not yet loaded will take: its weights, and all of them in training.
-
-    Training adds float32 LoRA weights, gradients and two Adam moments; activations are not counted.
-    """
-    dtype, _ = choose_dtype(settings, say=lambda line: None)
-    _, sizes = _measure(settings, dtype, offline)
-    return {"weights": sizes["weight_bytes"], "training": sizes["training_bytes"]}
-
-
-def free_bytes(device: torch.device | str = "cpu") -> int:
-    """Memory that is free on a device, within the limit of a container if there is one.
-
-    >>> free_bytes() > 0
-    True
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no control group here, or no limit in it
-        used = re.search(r"^anon (\d+)", (CGROUP / "memory.stat").read_text(), re.M)
-        limit = int((CGROUP / "memory.max").read_text())
-        free = min(free, max(0, limit - int(used[1] if used else 0)))
-    return free
 
 
 def fix_ending(tokenizer: PreTrainedTokenizerBase, say: Say = print) -> None:
@@ -251,7 +177,7 @@ def _from_transformers(
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     quantization = BitsAndBytesConfig(**nf4) if settings.quantization == "nf4" else None
-    source, options = _source(path)
+    source, options = hub.source(path)
     options |= {"config": config, "dtype": dtype, "output_loading_info": True}
     if path.suffix != ".gguf":
         options |= {"quantization_config": quantization, "device_map": {"": device}}
@@ -261,15 +187,6 @@ def _from_transformers(
     options["quantization_config"] = GgufConfig(dequantize=True)
     model = _complete(AutoModelForCausalLM.from_pretrained(source, **options))
     return rebuild(model, model.state_dict(), dtype, device, quantization)
-
-
-def _refuse_pickles(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    names = [file.name for file in path.glob("*.safetensors")]
-    if index.is_file():
-        names = list(files.read_json(index)["weight_map"].values())
-    if path.is_dir() and not (names and all(name.endswith(".safetensors") for name in names)):
-        raise ValueError(f"no safetensors weights in {path}, and pickled ones are never read")
 
 
 def rebuild(
@@ -290,75 +207,3 @@ def _complete(loaded: Any) -> PreTrainedModel:
         raise ValueError(f"{len(wrong)} weights are missing or misshapen, first {wrong[0]}")
     model.config._name_or_path = model.name_or_path = ""  # peft and trl look names up on the Hub
     return model
-
-
-def _source(path: Path) -> tuple[Path, dict[str, Any]]:
-    """What every from_pretrained gets; neither remote code nor a look at the Hub."""
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    return (path.parent, options | {"gguf_file": path.name}) if path.is_file() else (path, options)
-
-
-def _measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple[Any, dict]:
-    """Configuration and sizes of a model, before its weights are fetched."""
-    path = locate(settings.name, settings.revision, offline, ("config.json",))
-    with reading(settings.name):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        folder, options = _source(path)
-        config = AutoConfig.from_pretrained(folder, **options)
-        room = getattr(config, "max_position_embeddings", None) or settings.max_length
-        if settings.max_length > room:
-            raise InputError(
-                f"model.max_length {settings.max_length}: the model has room for {room}"
-            )
-        with torch.device("meta"):  # shapes without memory
-            model = AutoModelForCausalLM.from_config(config)
-    head, targets = model.get_output_embeddings(), settings.lora_targets
-    total, packed, lora = sum(p.numel() for p in model.parameters()), 0, 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            packed += layer.weight.numel() if settings.quantization == "nf4" else 0
-            if "all-linear" in targets or name.rpartition(".")[2] in targets:
-                lora += settings.lora_rank * (layer.in_features + layer.out_features)
-    # NF4: half a byte, and an 8-bit scale for 64 weights with a float32 one for 256 scales
-    weights = int((total - packed) * dtype.itemsize + packed * (1 / 2 + 1 / 64 + 1 / 4096))
-    sizes = {"parameters": total, "lora_parameters": lora}
-    return config, sizes | {"weight_bytes": weights, "training_bytes": weights + 16 * lora}
-
-
-def _check_memory(settings: ModelSettings, sizes: dict, device: torch.device, say: Say) -> None:
-    """Refuse before loading: the system would otherwise kill the process without a word."""
-    free, take = free_bytes(device), sizes["training_bytes"]
-    if settings.name.endswith(".gguf"):
-        take += 8 * sizes["parameters"]  # unpacked in one piece first
-    line = f"{settings.name}, {sizes['parameters'] / 1e6:,.1f} M parameters, {take / 1e9:,.2f} GB"
-    if take > free:
-        mend = "take a smaller model" if settings.quantization == "nf4" else "set quantization: nf4"
-        raise CannotRun(f"model {line}: {free / 1e9:,.2f} GB of {device} memory are free; {mend}")
-    say(f"memory: {line} of {free / 1e9:,.2f} GB free, activations not counted")
-
-
-def one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
-
-
-@contextlib.contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Errors of the libraries in one line each, and no progress bars or reports of theirs."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except (InputError, CannotRun):
-        raise
-    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:
-        raise CannotRun(f"model {name}: {one_line(error)}") from error
-    except Exception as error:  # a spoilt file makes them raise anything, struct.error included
-        raise InputError(f"model {name}: {one_line(error)}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

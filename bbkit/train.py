@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--offline", action="store_true", help="connect to nothing")
     p.add_argument("--dry-run", action="store_true", help="print settings and plan, then stop")
+    p.add_argument("--card", type=float, metavar="GB", help="with --dry-run: memory of the GPU")
     return p
 
 
@@ -64,7 +65,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     settings = config.load(preset, args.config, overrides)
     go_private(args.offline or settings.model.name == "pocket")
     if args.dry_run:
-        return _dry_run(settings, args.offline)
+        return _dry_run(settings, args.offline, args.card)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
     resume = record.resolve_resume(args.resume, out)
     rows = load_rows(settings, args.data_dir, args.offline)
@@ -281,22 +282,39 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     run.done(f"evaluate {stage}", seconds=time.perf_counter() - began)
 
 
-def _dry_run(settings: Settings, offline: bool) -> int:
-    """Print the resolved settings and what the run would do."""
-    from bbkit import models
+def _dry_run(settings: Settings, offline: bool, card: float | None) -> int:
+    """Print the resolved settings, what the run would do, and whether it fits in memory."""
+    import torch
+
+    from bbkit import memory, models
 
     print(config.to_yaml(settings))
     s, g = settings.sft, settings.grpo
-    need = models.model_bytes(settings.model, offline)
+    if card:  # of another machine: what its GPU computes in is not known here
+        name = settings.model.dtype
+        dtype, kind = getattr(torch, "bfloat16" if name == "auto" else name), "cuda"
+        room = int(card * 1e9)
+    else:
+        dtype, device = models.choose_dtype(settings.model, say=lambda line: None)
+        kind, room = device.type, memory.free_bytes(device)
+    need = memory.plan(settings, dtype, kind, offline)
     tokens = g.steps * g.prompts * g.generations * g.max_completion_length
     print(f"sft   {s.steps} steps of {s.batch_size} sequences")
     print(
         f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
         f"at most {tokens:,} new tokens"
     )
-    print(
-        "memory of the weights: " + ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in need.items())
-    )
+    for stage, parts in need.items():
+        *rest, (_, peak) = parts.items()
+        split = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in rest)
+        print(f"memory {stage}: {peak / 1e9:.2f} GB at most ({split})")
+    most, where = max(parts["peak"] for parts in need.values()), "card" if card else "free here"
+    if most <= room:
+        print(f"fits: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}")
+        return 0
+    changes = memory.mend(settings, dtype, room, kind, offline)
+    advice = " ".join(f"--set {change}" for change in changes) or "take a smaller model"
+    print(f"does not fit: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}; {advice}")
     return 0
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bbkit import adapters, models
+from bbkit import adapters, memory, models
 from bbkit.config import CannotRun, InputError, Model
 
 TEMPLATE = (
@@ -164,19 +164,22 @@ def test_the_pocket_model_loads_with_nothing_to_mend(quantization, closed):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_sizes_are_foretold_before_loading(tiny, quantization):
     setup = settings(tiny, quantization=quantization)
-    foretold = models.model_bytes(setup)
+    _, foretold = memory.measure(setup, torch.float32, offline=True)
     model, _ = models.load(setup, quiet)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     for layer in four_bit(model):
         state = layer.weight.quant_state
         held += state.absmax.numel() + 4 * state.state2.absmax.numel()
     assert len(four_bit(model)) == (14 if quantization == "nf4" else 0)
-    assert foretold["weights"] == pytest.approx(held, rel=0.01)
+    assert foretold["weight_bytes"] == pytest.approx(held, rel=0.01)
     plain = adapters.merge(model)
     assert model.origin["parameters"] == sum(p.numel() for p in plain.parameters())
     lora = [p for p in adapters.add_lora(model, setup, 0).parameters() if p.requires_grad]
     assert model.origin["lora_parameters"] == sum(p.numel() for p in lora)
-    assert foretold["training"] == foretold["weights"] + 16 * model.origin["lora_parameters"]
+    assert (
+        foretold["training_bytes"]
+        == foretold["weight_bytes"] + 16 * model.origin["lora_parameters"]
+    )
 
 
 def spoil_weights(edit):
@@ -243,7 +246,7 @@ def test_a_spoilt_folder_is_one_clear_line(changed, case):
 
 
 def test_examples_longer_than_the_model_has_positions_are_refused(tiny):
-    models.model_bytes(settings(tiny, max_length=128))
+    memory.measure(settings(tiny, max_length=128), torch.float32, offline=True)
     with pytest.raises(InputError, match=r"model\.max_length 129: .* room for 128"):
         models.load(settings(tiny, max_length=129), quiet)
 
@@ -278,22 +281,22 @@ def test_a_model_too_large_is_refused_before_its_weights_are_looked_for(changed,
 
 
 def test_memory_just_enough_loads_and_one_byte_less_does_not(tiny, monkeypatch):
-    need = models.model_bytes(settings(tiny))["training"]
-    monkeypatch.setattr(models, "free_bytes", lambda device: need)
+    need = memory.measure(settings(tiny), torch.float32, offline=True)[1]["training_bytes"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need)
     models.load(settings(tiny), quiet)
-    monkeypatch.setattr(models, "free_bytes", lambda device: need - 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need - 1)
     with pytest.raises(CannotRun):
         models.load(settings(tiny), quiet)
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "CGROUP", tmp_path)
-    whole = models.free_bytes()
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory.free_bytes()
     (tmp_path / "memory.stat").write_text("anon 300\nfile 5000\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert models.free_bytes() == 700  # page cache is given back when needed
+    assert memory.free_bytes() == 700  # page cache is given back when needed
     (tmp_path / "memory.max").write_text("max\n")
-    assert models.free_bytes() > whole / 2
+    assert memory.free_bytes() > whole / 2
 
 
 # ---- the Hub
@@ -425,7 +428,7 @@ def fake_unsloth(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, "unsloth", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(models, "free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
     return notes
 
 

@@ -1,0 +1,195 @@
+"""What a run takes: bytes of weights, adapter, optimiser, gradients, activations, logits, KV cache.
+
+Said before anything is loaded, so that a card too small is found in a second and not after an hour.
+The arithmetic is of Llama-like decoders (Llama, Qwen2.5, SmolLM2, pocket); README compares it with
+peaks that were measured and that others published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bbkit import hub
+from bbkit.config import CannotRun, InputError
+
+if TYPE_CHECKING:
+    from bbkit.config import Model as ModelSettings
+    from bbkit.config import Settings
+
+CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
+PROCESS = {"cpu": 0.75e9, "cuda": 0.6e9}  # Python with its libraries; a CUDA context
+LOGITS = 6  # float32 copies while a loss is taken: logits, shifted, log-softmax, gradients of these
+# Dimensions as published on the Hub, for a plan without it: config.json of each model.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936, True),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 30, 9, 3, 1536, 49152, True),
+}
+FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+def free_bytes(device: torch.device | str = "cpu") -> int:
+    """Memory that is free on a device, within the limit of a container if there is one.
+
+    >>> free_bytes() > 0
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no control group here, or no limit in it
+        used = re.search(r"^anon (\d+)", (CGROUP / "memory.stat").read_text(), re.M)
+        limit = int((CGROUP / "memory.max").read_text())
+        free = min(free, max(0, limit - int(used[1] if used else 0)))
+    return free
+
+
+def measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple[Any, dict]:
+    """Configuration and sizes of a model, before its weights are fetched."""
+    path = hub.locate(settings.name, settings.revision, offline, ("config.json",))
+    with hub.reading(settings.name):
+        from transformers import AutoConfig
+
+        folder, options = hub.source(path)
+        config = AutoConfig.from_pretrained(folder, **options)
+        room = getattr(config, "max_position_embeddings", None) or settings.max_length
+        if settings.max_length > room:
+            raise InputError(
+                f"model.max_length {settings.max_length}: the model has room for {room}"
+            )
+        return config, sizes(config, settings, dtype)
+
+
+def sizes(config: Any, settings: ModelSettings, dtype: torch.dtype) -> dict[str, int]:
+    """Numbers of weights and of LoRA weights, and the bytes of both with what training them adds.
+
+    That is float32 LoRA weights, gradients and two Adam moments; activations are not counted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForCausalLM.from_config(config)
+    head, targets = model.get_output_embeddings(), settings.lora_targets
+    total, packed, lora = sum(p.numel() for p in model.parameters()), 0, 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            packed += layer.weight.numel() if settings.quantization == "nf4" else 0
+            if "all-linear" in targets or name.rpartition(".")[2] in targets:
+                lora += settings.lora_rank * (layer.in_features + layer.out_features)
+    # NF4: half a byte, and an 8-bit scale for 64 weights with a float32 one for 256 scales
+    weights = int((total - packed) * dtype.itemsize + packed * (1 / 2 + 1 / 64 + 1 / 4096))
+    found = {"parameters": total, "lora_parameters": lora}
+    return found | {"weight_bytes": weights, "training_bytes": weights + 16 * lora}
+
+
+def plan(
+    settings: Settings, dtype: torch.dtype, kind: str = "cpu", offline: bool = False
+) -> dict[str, dict[str, int]]:
+    """Bytes of each part at the peak of "sft" and of "grpo", on a device of `kind` cpu or cuda.
+
+    "peak" is their sum, but for the KV cache, which is gone when gradients come: the larger counts.
+    Without the Hub the published dimensions serve for the models of the presets.
+
+    >>> from bbkit import config
+    >>> found = plan(config.load("pocket"), torch.float32)["grpo"]
+    >>> found["peak"] > found["activations"] > found["adapter"] > 0
+    True
+    """
+    model = settings.model
+    try:
+        config, found = measure(model, dtype, offline)
+    except InputError:
+        if model.name not in PUBLISHED:
+            raise
+        from transformers import AutoConfig
+
+        family = "qwen2" if model.name.startswith("Qwen/") else "llama"
+        known = dict(zip(FIELDS, PUBLISHED[model.name], strict=True))
+        config = AutoConfig.for_model(family, **known)
+        found = sizes(config, model, dtype)
+    lora, layers, hidden = found["lora_parameters"], config.num_hidden_layers, config.hidden_size
+    # Kept for the backward pass, per token and layer: the inputs of the two norms, of the linear
+    # maps with LoRA (that of q, k, v is one), q, k, v, and four widths of the feed-forward part.
+    kept = (10 * hidden + 4 * config.intermediate_size) * dtype.itemsize + 28 * model.lora_rank
+    saved = (
+        layers * hidden * dtype.itemsize + kept if model.gradient_checkpointing else layers * kept
+    )
+    heads = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    cache = 2 * heads * layers * dtype.itemsize
+    common = {"process": int(PROCESS[kind]), "weights": found["weight_bytes"], "adapter": 4 * lora}
+    out = {}
+    s, g = settings.sft, settings.grpo
+    for stage, sequences, read, rows, filled in (
+        ("sft", s.micro_batch_size, model.max_length, bool(s.retention), 0),
+        ("grpo", g.micro_batch_size, g.max_completion_length,
+         3 + bool(g.beta) + bool(g.retention), g.prompts * g.generations),
+    ):  # fmt: skip
+        section = getattr(settings, stage)
+        parts = common | {"optimiser": (2 if "8bit" in section.optimizer else 8) * lora}
+        passing = {
+            "gradients": 4 * lora * (1 + rows),
+            "activations": sequences * model.max_length * saved,
+            "logits": LOGITS * 4 * sequences * read * config.vocab_size,
+        }
+        kv = {"kv_cache": filled * model.max_length * cache}
+        peak = sum(parts.values()) + max(sum(passing.values()), kv["kv_cache"])
+        out[stage] = parts | passing | kv | {"peak": peak}
+    return out
+
+
+def mend(
+    settings: Settings, dtype: torch.dtype, room: int, kind: str = "cpu", offline: bool = False
+) -> list[str]:
+    """Settings that make the plan fit into `room` bytes, the cheapest first; [] if none do."""
+    from bbkit import config
+
+    values, said = config.to_dict(settings), []
+    for section, key, value in (
+        ("model", "quantization", "nf4"),
+        ("model", "gradient_checkpointing", True),
+        ("sft", "micro_batch_size", 1),
+        ("grpo", "micro_batch_size", settings.grpo.generations),
+        ("sft", "optimizer", "adamw_8bit"),
+        ("grpo", "optimizer", "adamw_8bit"),
+        ("grpo", "prompts", 4),
+    ):
+        before = values[section][key]
+        if before == value or (key in ("micro_batch_size", "prompts") and before < value):
+            continue
+        values[section][key] = value
+        said.append(f"{section}.{key}={str(value).lower()}")
+        changed = plan(config.from_dict(values), dtype, kind, offline)
+        if max(stage["peak"] for stage in changed.values()) <= room:
+            return said
+    return []
+
+
+def check(
+    settings: ModelSettings, sizes: dict, device: torch.device, say: Callable[[str], Any]
+) -> None:
+    """Refuse before loading: the system would otherwise kill the process without a word."""
+    free, take = free_bytes(device), sizes["training_bytes"]
+    if settings.name.endswith(".gguf"):
+        take += 8 * sizes["parameters"]  # unpacked in one piece first
+    line = f"{settings.name}, {sizes['parameters'] / 1e6:,.1f} M parameters, {take / 1e9:,.2f} GB"
+    if take > free:
+        mend = "take a smaller model" if settings.quantization == "nf4" else "set quantization: nf4"
+        raise CannotRun(f"model {line}: {free / 1e9:,.2f} GB of {device} memory are free; {mend}")
+    say(f"memory: {line} of {free / 1e9:,.2f} GB free, activations not counted")

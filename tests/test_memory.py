@@ -1,0 +1,97 @@
+"""The plan of a run's memory: its arithmetic, its advice, the dimensions it falls back on."""
+
+import pytest
+import torch
+
+from bbkit import config, memory, train
+
+
+def peak(settings, **options) -> int:
+    return max(part["peak"] for part in memory.plan(settings, torch.float32, **options).values())
+
+
+def test_parts_of_the_pocket_run_by_hand():
+    settings = config.load("pocket", overrides=["sft.micro_batch_size=4", "model.max_length=100"])
+    found = memory.plan(settings, torch.float32)["sft"]
+    _, sizes = memory.measure(settings.model, torch.float32, offline=True)
+    assert found["weights"] == 4 * sizes["parameters"]
+    assert found["adapter"] == 4 * sizes["lora_parameters"]
+    assert found["optimiser"] == 8 * sizes["lora_parameters"]
+    assert found["gradients"] == 4 * sizes["lora_parameters"]
+    vocabulary = 4096
+    assert found["logits"] == memory.LOGITS * 4 * (4 * 100) * vocabulary
+    assert found["peak"] == sum(v for k, v in found.items() if k not in ("peak", "kv_cache"))
+
+
+def test_more_of_anything_takes_more():
+    def load(*changes):
+        short = ["grpo.max_completion_length=64", "evaluation.max_new_tokens=64"]
+        return config.load("smollm2-cpu", overrides=["model.name=pocket", *short, *changes])
+
+    plain = peak(load("model.max_length=128"))
+    for change in ("model.max_length=256", "model.lora_rank=64"):
+        assert peak(load("model.max_length=128", change)) > plain, change
+    base = ["model.max_length=128", "grpo.micro_batch_size=16", "sft.micro_batch_size=8"]
+    assert peak(load(*base)) > plain
+    assert peak(load(*base, "model.gradient_checkpointing=true")) < peak(load(*base))
+
+
+def test_each_capability_and_the_retention_row_is_one_buffer_more():
+    plain = memory.plan(config.load("pocket"), torch.float32)["grpo"]
+    kept = memory.plan(config.load("pocket", overrides=["grpo.retention=4"]), torch.float32)["grpo"]
+    assert kept["gradients"] - plain["gradients"] == plain["adapter"]
+    assert plain["gradients"] == 4 * plain["adapter"]  # `.grad` and three capabilities
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1544),
+        ("Qwen/Qwen2.5-7B-Instruct", 7616),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134.5),
+    ],
+)
+def test_published_dimensions_give_the_published_size(name, millions, monkeypatch):
+    """Parameters as the models' cards on the Hub state them (0.49, 1.54, 7.61 B; 135 M)."""
+    seen = {}
+    real = memory.sizes
+
+    def noted(*given):
+        seen.update(real(*given))
+        return seen
+
+    def unreachable(*_):
+        raise memory.InputError("no way to the Hub")
+
+    monkeypatch.setattr(memory, "sizes", noted)
+    monkeypatch.setattr(memory, "measure", unreachable)
+    settings = config.load("24gb", overrides=[f"model.name={name}", "model.revision=null"])
+    memory.plan(settings, torch.bfloat16, "cuda")
+    assert seen["parameters"] / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_a_model_that_nobody_knows_is_an_error():
+    settings = config.load("pocket", overrides=["model.name=./nowhere"])
+    with pytest.raises(memory.InputError, match="no such folder"):
+        memory.plan(settings, torch.float32)
+
+
+def test_advice_is_enough_and_not_too_much():
+    settings = config.load("pocket", overrides=["sft.micro_batch_size=32"])
+    room = peak(settings) - 1
+    changes = memory.mend(settings, torch.float32, room)
+    assert changes
+    values = ["sft.micro_batch_size=32", *changes]
+    assert peak(config.load("pocket", overrides=values)) <= room
+    assert peak(config.load("pocket", overrides=values[:-1])) > room
+    assert memory.mend(settings, torch.float32, 1000) == []
+
+
+@pytest.mark.parametrize(("card", "said"), [("24", "fits: "), ("2", "does not fit: ")])
+def test_dry_run_names_the_card(card, said, capsys):
+    options = ["--preset", "t4", "--dry-run", "--offline", "--card", card]
+    assert train.main(options) == 0
+    out = capsys.readouterr().out
+    assert said in out and f"of {float(card):.1f} GB card" in out
+    assert "memory sft:" in out and "memory grpo:" in out
