@@ -207,3 +207,11 @@ def _complete(loaded: Any) -> PreTrainedModel:
         raise ValueError(f"{len(wrong)} weights are missing or misshapen, first {wrong[0]}")
     model.config._name_or_path = model.name_or_path = ""  # peft and trl look names up on the Hub
     return model
+
+
+if __name__ == "__main__":
+    import sys
+
+    from bbkit import export
+
+    sys.exit(export.main())

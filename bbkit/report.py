@@ -25,16 +25,16 @@ def write(folder: Path) -> Path:
     """
     manifest, results = read_json(folder / "run.json"), results_of(folder)
     settings = manifest["settings"]
-    parts = [f"# Run of {settings['model']['name']}", *_headline(results)]
+    parts = [f"# Run of {settings['model']['name']}", *headline(results)]
     parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
     parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl")), "## What ran"]
-    parts += ["\n".join(f"- {name}: {value}" for name, value in _facts(manifest).items())]
+    parts += ["\n".join(f"- {name}: {value}" for name, value in facts(manifest).items())]
     parts += ["## Run it again", f"```\n{manifest['command']}\n```"]
     write_bytes(folder / "report.md", ("\n\n".join(parts) + "\n").encode(errors="replace"))
     return folder / "report.md"
 
 
-def _headline(results: Mapping[str, Measures]) -> list[str]:
+def headline(results: Mapping[str, Measures]) -> list[str]:
     """The table of results, the baselines and the tax in words."""
     stages = [s for s in STAGES if s in results]
     if not stages:
@@ -132,7 +132,7 @@ def _fenced(text: str, most: int = 700) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What ran, by name; run.json has all of it."""
     settings, hardware, git = manifest["settings"], manifest["hardware"], manifest["git"]
     model, sft, grpo = settings["model"], settings["sft"], settings["grpo"]
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(folders: Sequence[Path]) -> int:
     together = pooled(folders) if len(folders) > 1 else {}
     paths = [write(folder) for folder in folders]
-    print("\n\n".join(_headline(together)) if together else paths[0])
+    print("\n\n".join(headline(together)) if together else paths[0])
     return 0
 
 
