@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from bbkit import files, record
+from bbkit import files, health, record
 from bbkit.config import Settings, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
@@ -30,7 +30,9 @@ class Recorder(TrainerCallback):
 
     def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
         self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
-        self.stop, self.seconds = False, 0.0
+        self.stop, self.seconds, self.saved = False, 0.0, time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        self.told: set[str] = set()
         self.trainer: Any = None
         self.bar: Any = None
 
@@ -42,7 +44,9 @@ class Recorder(TrainerCallback):
         if checkpoint:
             print(f"{self.stage}: going on from step {start}")
         self.run.truncate(self.stage, start)
-        self.trainer = trainer
+        self.trainer, self.saved = trainer, time.monotonic()
+        kept = files.read_rows(self.run.folder / "metrics.jsonl")
+        self.rows = [row for row in kept if row["stage"] == self.stage]
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         began = time.perf_counter()
         try:
@@ -62,11 +66,15 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.stop:
             control.should_save = control.should_training_stop = True
+        minutes = self.settings.run.save_minutes
+        if minutes and time.monotonic() - self.saved > 60 * minutes:
+            control.should_save = True
         self.bar.update(1)
         return control
 
     def on_save(self, args, state, control, **_):
         files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.saved = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):
         logs = logs or {}
@@ -84,6 +92,11 @@ class Recorder(TrainerCallback):
         if self.stage == "grpo":
             row["gradient_engine"] = self.trainer.gradient_engine
         self.run.log(self.stage, state.global_step, row)
+        self.rows.append(row)
+        for name, line in health.signs(self.rows).items():
+            if name not in self.told:
+                self.told.add(name)
+                self.bar.write(f"{self.stage} step {state.global_step}: {line}", file=sys.stdout)
         shown = {k.partition("/")[2]: f"{v:.2f}" for k, v in row.items() if k.startswith("reward/")}
         self.bar.set_postfix(shown or {"loss": f"{row['loss']:.2f}"})
         for sample in getattr(self.trainer, "last_samples", [])[

@@ -170,6 +170,7 @@ class Evaluation:
 class RunOptions:
     seed: Whole = 0
     threads: Whole = 0
+    save_minutes: Whole = 10
     log_steps: Count = 1
     samples_per_log: Whole = 2
 

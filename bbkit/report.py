@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config
+from bbkit import config, health
 from bbkit.config import InputError
 from bbkit.files import read_json, read_rows, write_bytes
 from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
@@ -27,6 +27,8 @@ def write(folder: Path) -> Path:
     settings = manifest["settings"]
     parts = [f"# Run of {settings['model']['name']}", *headline(results)]
     parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
+    noticed = health.over(read_rows(folder / "metrics.jsonl"))
+    parts += ["## Health", "\n".join(f"- {line}" for line in noticed) or "Nothing was noticed."]
     parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl")), "## What ran"]
     parts += ["\n".join(f"- {name}: {value}" for name, value in facts(manifest).items())]
     parts += ["## Run it again", f"```\n{manifest['command']}\n```"]
