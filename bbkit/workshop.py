@@ -1,0 +1,74 @@
+"""Small helps of the notebooks: checks that hint instead of raising, tables, shown replies.
+
+Serves no claim: the notebooks teach with it. Everything measured comes from the other modules.
+"""
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bbkit.plots import color
+from bbkit.prompts import TAGS
+
+
+def check(name: str, holds: Callable[[], Any], hint: str) -> None:
+    """Say whether an exercise is solved; if not, or if it fails, give the hint and no traceback.
+
+    >>> check("sum", lambda: 1 + 1 == 2, "add them")
+    ✓ sum
+    >>> check("sum", lambda: None + 1 == 2, "add them")
+    ✗ sum: add them (TypeError)
+    """
+    try:
+        solved, why = bool(holds()), ""
+    except Exception as error:  # a learner's half-written code raises anything
+        solved, why = False, f" ({type(error).__name__})"
+    print(f"✓ {name}" if solved else f"✗ {name}: {hint}{why}")
+
+
+def table(rows: Sequence[Mapping[str, Any]], width: int = 46) -> str:
+    """Rows as text in columns, cut to `width` characters a cell.
+
+    >>> print(table([{"reply": "so", "domain": 1.0}, {"reply": "no", "domain": None}]))
+    reply  domain
+    so     1
+    no     -
+    """
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        text = f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split())
+        return text if len(text) <= width else text[: width - 1] + "…"
+
+    names = list(rows[0])
+    lines = [names, *([cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    padded = (
+        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return "\n".join(padded)
+
+
+def shown(reply: str, scores: Mapping[str, float | None] | None = None) -> str:
+    """A reply as HTML: the grammar's tags coloured, its scores beneath; for IPython's HTML().
+
+    >>> shown("<answer>a < b</answer>").count("<span")
+    2
+    """
+    pattern = "|".join(map(re.escape, TAGS))
+    parts = []
+    for piece in re.split(f"({pattern})", reply):
+        text = html.escape(piece)
+        if piece in TAGS:
+            kind = "reasoning" if "reasoning" in piece else "domain"
+            text = f'<span style="color:{color(kind)};font-weight:bold">{text}</span>'
+        parts.append(text)
+    told = "".join(
+        f'<span style="color:{color(name)}">{name} {value:.2g}</span> '
+        for name, value in (scores or {}).items()
+        if value is not None
+    )
+    return f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(parts)}</div>{told}'
