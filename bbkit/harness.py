@@ -210,9 +210,11 @@ def _quiet():
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-    log.setLevel(before)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _cached(model, tokenizer, batch_size: int, file: Path):
