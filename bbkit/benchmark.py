@@ -7,6 +7,7 @@ machine that others use too disturbs both alike.
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -134,6 +135,14 @@ def _timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[
     return middle - start, now() - middle
 
 
+@functools.lru_cache(maxsize=1)
+def _capture(model, capabilities: int):
+    """One for all rounds, as the trainer keeps one for all steps: new memory costs page faults."""
+    from bbkit import gradients
+
+    return gradients.Capture(model, capabilities)
+
+
 def _plain(model, ids, weights) -> tuple[float, float]:
     times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
     model.zero_grad()
@@ -143,30 +152,31 @@ def _plain(model, ids, weights) -> tuple[float, float]:
 def _one_pass(model, ids, weights) -> tuple[float, float]:
     from bbkit import gradients
 
-    with gradients.capability_gradients(model, weights) as capture:
+    capture = _capture(model, weights.shape[1])
+    with gradients.watch(model, capture):
+        capture.next(weights)
         times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
     capture.gradients.sum()  # raises if a matrix was missed, whose cost would be left out
+    capture.clear()
     model.zero_grad()
     return times
 
 
 def _backward_per_capability(model, ids, weights) -> tuple[float, float]:
-    from bbkit import gradients
-
-    capture = gradients.Capture(model, weights.shape[1])
+    capture = _capture(model, weights.shape[1])
 
     def backward(terms):
         for k, column in enumerate(weights.T):
             (column * terms).sum().backward(retain_graph=k < len(weights.T) - 1)
             capture.take(k)
 
-    return _timed(lambda: _terms(model, ids), backward)
+    times = _timed(lambda: _terms(model, ids), backward)
+    capture.clear()
+    return times
 
 
 def _replay(model, ids, weights) -> tuple[float, float]:
-    from bbkit import gradients
-
-    capture = gradients.Capture(model, weights.shape[1])
+    capture = _capture(model, weights.shape[1])
     forward = backward = 0.0
     for k in range(weights.shape[1]):
 
@@ -176,6 +186,7 @@ def _replay(model, ids, weights) -> tuple[float, float]:
         times = _timed(lambda: _terms(model, ids), loss_backward)
         capture.take(k)
         forward, backward = forward + times[0], backward + times[1]
+    capture.clear()
     return forward, backward
 
 

@@ -282,18 +282,18 @@ def null_cosine(parameters: int) -> float:
 
 
 def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
-    """(B, B) inner products of the parts that B groups have in the gradient.
+    """(B, B, K, K) inner products of the parts that B groups have in each of K gradients.
 
     `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`; `advantages`
-    (N,) weigh them; `group` sequences in a row answer one prompt.
+    (N, K) weigh them; `group` sequences in a row answer one prompt.
     """
-    weighted = gram * torch.outer(advantages, advantages).to(gram)
-    count = len(gram) // group
-    return weighted.view(count, group, count, group).sum((1, 3))
+    count, columns = len(gram) // group, advantages.to(gram).unflatten(0, (-1, group))
+    single = gram.view(count, group, count, group)
+    return torch.einsum("bik,bicj,cjl->bckl", columns, single, columns)
 
 
 def noise_to_signal(parts: Tensor) -> float:
-    """tr Cov of a group's part in the gradient over |the mean part|², from `group_gram` (B, B).
+    """tr Cov of a group's part in the gradient over |the mean part|², from their Gramian (B, B).
 
     The lower, the fewer groups a step needs. |mean|² is the mean product of two different groups,
     which no noise raises; NaN where that is not above 0: no signal beyond the noise.

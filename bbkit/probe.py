@@ -57,7 +57,7 @@ def _main(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {"run": str(args.run), "stage": args.stage, "prompts": args.prompts}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_at(args, Path(folder), {"steps": 1, "prompts": args.prompts})
-        found["noise"] = noise(trainer, sample(trainer))
+        found["noise"] = noise(trainer, samples(trainer))
         print("| noise to signal of one group | all | low entropy | high entropy | / grpo |")
         print("|---|---|---|---|---|")
         for scheme, row in found["noise"].items():
@@ -117,15 +117,23 @@ def trainer_at(args: argparse.Namespace, folder: Path, changed: Mapping[str, Any
     return grpo.build(model, tokenizer, order, settings, folder, retention=kept)
 
 
-def sample(trainer) -> dict[str, Any]:
-    """Completions for all prompts of the trainer, scored: TRL's inputs of a loss."""
+def samples(trainer) -> list[dict[str, Any]]:
+    """Completions for all prompts of the trainer, scored: TRL's inputs of a loss, by micro-batch.
+
+    All their raw rewards (N, K) are the trainer's `raw_rewards` then.
+    """
     import torch
 
     trainer.model.train()
     torch.manual_seed(trainer.args.seed)
     rows = [row for row in trainer.train_dataset for _ in range(trainer.num_generations)]
-    inputs = trainer._generate_and_score_completions(rows)
-    return {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+    size, batches, seen = trainer.args.train_batch_size, [], []
+    for start in range(0, len(rows), size):
+        inputs = trainer._generate_and_score_completions(rows[start : start + size])
+        batches.append({k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.dim()})
+        seen.append(trainer.raw_rewards)
+    trainer.raw_rewards = torch.cat(seen)
+    return batches
 
 
 def terms(trainer, inputs: Mapping[str, Any], before=None):
@@ -150,7 +158,7 @@ def terms(trainer, inputs: Mapping[str, Any], before=None):
     return terms, (entropy.detach() * kept).sum(1) / length, logps.detach()
 
 
-def noise(trainer, inputs: Mapping[str, Any]) -> dict[str, dict]:
+def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     """Noise to signal of each advantage scheme on the same completions, split by entropy.
 
     `ratio` is to GRPO's, with its 95 % jackknife interval over the groups; `low` and `high` are the
@@ -162,48 +170,45 @@ def noise(trainer, inputs: Mapping[str, Any]) -> dict[str, dict]:
 
     from bbkit import gradients, weighting
 
-    count, group = len(inputs["completion_ids"]), trainer.num_generations
+    count, group = sum(len(part["completion_ids"]) for part in batches), trainer.num_generations
     width = sum(p.numel() for p in trainer.capture.parameters.values())
     if not torch.cuda.is_available() and 4 * count * width > psutil.virtual_memory().available / 2:
         raise CannotRun(f"{count} gradients of {width:,} numbers do not fit; fewer --prompts")
-    capture, size = gradients.Capture(trainer.model, count), trainer.args.train_batch_size
-    entropies = []
-    for start in range(0, count, size):
-        part = {k: v[start : start + size] for k, v in inputs.items()}
-        with gradients.watch(trainer.model, capture):
-            capture.next(torch.eye(count)[start : start + size])
+    entropies, rows = [], []
+    for part in batches:
+        single = torch.eye(len(part["completion_ids"]))
+        with gradients.capability_gradients(trainer.model, single) as capture:
             losses, entropy, _ = terms(trainer, part)
             losses.sum().backward()
         entropies.append(entropy.cpu())
-    capture.drop()
-    gram = capture.gramian
+        rows.append(capture.gradients)
+    gram = gradients.gramian(torch.cat(rows))
     by_group = torch.cat(entropies).view(-1, group).mean(1)
     upper = by_group > by_group.median()
     weights = trainer.controller.weights
     wanted = torch.tensor(weights, dtype=torch.float64)
-    parts, columns = {}, torch.empty(0)
+    parts = {}
     for scheme in weighting.SCHEMES:
-        found = weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu().double()
-        parts[scheme] = gradients.group_gram(gram, found @ wanted, group)
-        columns = found if scheme == "capability" else columns
+        columns = weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu()
+        parts[scheme] = gradients.group_gram(gram, columns, group)
+    summed = {k: torch.einsum("k,bckl,l->bc", wanted, part, wanted) for k, part in parts.items()}
 
     def combined(groups):
         """The dual cone's coefficients come from the same groups."""
-        rows = torch.arange(count).view(-1, group)[groups].flatten()
-        some, a = gram[rows][:, rows], columns[rows]
-        coefficients = gradients.combine(a.T @ some @ a, "dual_cone", weights)
-        return gradients.group_gram(some, a @ coefficients, group)
+        some = parts["capability"][groups][:, groups]
+        found = gradients.combine(some.sum((0, 1)), "dual_cone", weights)
+        return torch.einsum("k,bckl,l->bc", found, some, found)
 
     every = torch.arange(len(upper))
     out = {}
     for scheme in (*parts, OURS):
 
         def of(groups, scheme=scheme):
-            part = combined(groups) if scheme == OURS else parts[scheme][groups][:, groups]
+            part = combined(groups) if scheme == OURS else summed[scheme][groups][:, groups]
             return gradients.noise_to_signal(part)
 
         def logged(groups, of=of):
-            ratio = of(groups) / gradients.noise_to_signal(parts["grpo"][groups][:, groups])
+            ratio = of(groups) / gradients.noise_to_signal(summed["grpo"][groups][:, groups])
             return math.log(ratio) if ratio > 0 else math.nan
 
         low, high = _jackknife(logged, every)
@@ -225,7 +230,9 @@ def _jackknife(statistic, groups) -> tuple[float, float]:
     return statistic(groups) - 1.96 * error, statistic(groups) + 1.96 * error
 
 
-def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> dict[str, Any]:
+def interference(
+    trainer, batches: Sequence[Mapping[str, Any]], sizes: Sequence[float]
+) -> dict[str, Any]:
     """Predicted against realised change of each capability's surrogate loss along the update.
 
     The update is the dual-cone combination d of all completions; for each step size η in `sizes`
@@ -240,10 +247,14 @@ def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> 
 
     weights = trainer.controller.weights
     columns = weighting.advantages(trainer.raw_rewards, trainer.num_generations, weights)
-    with gradients.capability_gradients(trainer.model, columns) as capture:
-        losses, _, before = terms(trainer, inputs)
-        losses.sum().backward()
-    capture.drop()
+    shares = columns.split([len(part["completion_ids"]) for part in batches])
+    capture, before = gradients.Capture(trainer.model, columns.shape[1]), []
+    with gradients.watch(trainer.model, capture):
+        for part, share in zip(batches, shares, strict=True):
+            capture.next(share)
+            losses, _, logps = terms(trainer, part)
+            losses.sum().backward()
+            before.append(logps)
     step = gradients.combine(capture.gramian, "dual_cone", weights).to(capture.gradients)
     step = step @ capture.gradients
     slopes = capture.gradients @ step
@@ -253,7 +264,8 @@ def interference(trainer, inputs: Mapping[str, Any], sizes: Sequence[float]) -> 
         moved = start - size * step
         torch.nn.utils.vector_to_parameters(moved, capture.parameters.values())
         with torch.no_grad():
-            return columns.to(start).T @ terms(trainer, inputs, before)[0].to(start)
+            found = [terms(trainer, *pair)[0] for pair in zip(batches, before, strict=True)]
+        return columns.to(start).T @ torch.cat(found).to(start)
 
     here = values(0.0)
     realised = torch.stack([values(size) - here for size in sizes])

@@ -6,6 +6,7 @@ by the command that its run.json names, so that a single row can be run again by
 """
 
 import argparse
+import math
 import shlex
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--arms", default="grpo,gdpo,static,full", help=f"of {', '.join(ARMS)}")
     p.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/study-PRESET")
+    p.add_argument("--probe", type=int, default=0, metavar="N", help="noise, on N prompts a seed")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every arm")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
@@ -78,6 +80,8 @@ def _main(args: argparse.Namespace) -> int:
         for seed in seeds:
             shared = out / f"sft-{seed}"
             _train(args, seed, ("grpo.steps=0",), shared)
+            if args.probe:
+                _probe(args, shared)
             for arm in arms:
                 _train(args, seed, ARMS[arm], out / f"{arm}-{seed}", shared)
     there = {arm: [f for s in seeds if _evaluated(f := out / f"{arm}-{s}")] for arm in arms}
@@ -114,6 +118,21 @@ def _train(
             raise InputError(f"{folder}: {change}; undo it or use another --out")
         if manifest["status"] == "done":
             return
+    _run(words, folder)
+
+
+def _probe(args: argparse.Namespace, shared: Path) -> None:
+    """The noise of each advantage scheme at the SFT that the arms of a seed begin with."""
+    out = shared / "probe.json"
+    if out.exists() and files.read_json(out)["prompts"] == args.probe:
+        return
+    words = ["python", "-m", "bbkit.probe", str(shared), "--prompts", str(args.probe)]
+    words += ["--out", str(out)]
+    words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
+    _run(words + (["--offline"] if args.offline else []), shared)
+
+
+def _run(words: Sequence[str], folder: Path) -> None:
     print(f"+ {shlex.join(words)}", flush=True)
     process = subprocess.Popen([sys.executable, *words[1:]])
     try:
@@ -147,7 +166,8 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
     half = target.with_name(f".{target.name}")
     shutil.rmtree(half, ignore_errors=True)
     with files.guarded(half):
-        shutil.copytree(source, half, ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
+        own = shutil.ignore_patterns("checkpoint-*", ".lock", "probe.json")
+        shutil.copytree(source, half, ignore=own)
         for made_later in ("adapter", "figures"):
             shutil.rmtree(half / made_later, ignore_errors=True)
         manifest |= {"settings": files.plain(settings), "status": "forked", "end": None}
@@ -167,12 +187,13 @@ def table(arms: Mapping[str, Sequence[Path]]) -> str:
     rows = {arm: report.pooled_rows(folders) for arm, folders in arms.items()}
     found = {arm: report.summed(pooled) for arm, pooled in rows.items()}
     first = next(iter(arms))
-    lines = [["%", *SHOWN.values(), "tax", "KL, questions", "KL, instructions"]]
+    head = ["%", *SHOWN.values(), "tax", "KL, questions", "KL, instructions", "gradient noise"]
+    lines = [head]
     shared = found[first]
     for name, stage in (("base", "base"), ("SFT", "sft")) if "sft" in shared else ():
-        lines.append([name, *_cells(shared, stage)])
+        lines.append([name, *_cells(shared, stage), ""])
     for arm, results in found.items():
-        lines.append([arm, *_cells(results, "grpo")])
+        lines.append([arm, *_cells(results, "grpo"), noise_cell(arms[arm])])
     for arm in list(arms)[1:]:
         change = evaluate.difference(rows[first]["grpo"], rows[arm]["grpo"])
         seeds = [
@@ -185,7 +206,7 @@ def table(arms: Mapping[str, Sequence[Path]]) -> str:
             for name in SHOWN
             if name in change
         ]
-        lines.append([f"{arm} − {first}", *cells, "", "", ""])
+        lines.append([f"{arm} − {first}", *cells, "", "", "", ""])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -198,6 +219,30 @@ def _cells(results: Mapping[str, Any], stage: str) -> list[str]:
         told = results["kl"].get(key)
         cells.append(f"{told['value']:.3f}" if told else "")
     return cells
+
+
+def noise_cell(folders: Sequence[Path]) -> str:
+    """Noise to signal of an arm's gradient over GRPO's at the same SFT, geometric mean over seeds.
+
+    From the `probe.json` of the runs that the arms were forked from; empty where one has none, or
+    shows no signal beyond the noise.
+    """
+    logs, errors = [], []
+    for folder in folders:
+        manifest = files.read_json(folder / "run.json")
+        probed = folder.with_name(manifest.get("forked_from", "")) / "probe.json"
+        section = manifest["settings"]["grpo"]
+        combined = "" if section["combination"] == "sum" else f" + {section['combination']}"
+        noise = files.read_json(probed)["noise"] if probed.exists() else {}
+        row = noise.get(section["advantages"] + combined)
+        if not row or None in (row["ratio"], *row["interval"]):
+            return ""
+        logs.append(math.log(row["ratio"]))
+        errors.append(math.log(row["interval"][1] / row["interval"][0]) / 2)
+    middle = sum(logs) / len(logs)
+    half = math.sqrt(sum(e**2 for e in errors)) / len(logs)
+    low, high = math.exp(middle - half), math.exp(middle + half)
+    return f"{math.exp(middle):.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

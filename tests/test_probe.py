@@ -31,21 +31,22 @@ def at(run):
 def trainer(run, tmp_path):
     """The trainer at the run's SFT, with four groups of four and rewards that vary in each."""
     made = probe.trainer_at(at(run), tmp_path, {"steps": 1, "prompts": 4})
-    inputs = probe.sample(made)
+    batches = probe.samples(made)
+    assert len(batches) == 2 and made.raw_rewards.shape == (16, 3)
     made.raw_rewards = torch.rand(16, 3, generator=torch.Generator().manual_seed(0))
-    return made, inputs
+    return made, batches
 
 
 def test_noise_is_the_spread_of_the_groups_gradients(trainer):
-    made, inputs = trainer
-    found = probe.noise(made, inputs)
+    made, batches = trainer
+    found = probe.noise(made, batches)
     columns = weighting.advantages(made.raw_rewards, 4, [1 / 3] * 3, "grpo")
     parts = []
     for b in range(4):
-        some = slice(4 * b, 4 * b + 4)
+        some = slice(4 * (b % 2), 4 * (b % 2) + 4)  # two groups in each of two batches
         made.model.zero_grad()
-        terms, *_ = probe.terms(made, {k: v[some] for k, v in inputs.items()})
-        (terms * columns[some].mean(1)).sum().backward()
+        terms, *_ = probe.terms(made, {k: v[some] for k, v in batches[b // 2].items()})
+        (terms * columns[4 * b : 4 * b + 4].mean(1)).sum().backward()
         parts.append(
             torch.cat([p.grad.flatten() for p in made.capture.parameters.values()]).double()
         )
@@ -67,11 +68,11 @@ def test_plain_descent_along_the_dual_cone_raises_no_loss(run, tmp_path):
 
 
 def test_the_residual_of_the_first_order_is_of_the_second(trainer):
-    made, inputs = trainer
+    made, batches = trainer
     made.model.double()
     before = {n: p.clone() for n, p in made.model.named_parameters()}
     sizes = [1e-3 / 2**i for i in range(5)]
-    found = probe.interference(made, inputs, sizes)
+    found = probe.interference(made, batches, sizes)
     assert 1.8 <= found["exponent"] <= 2.2
     for predicted, realised in zip(found["predicted"], found["realised"], strict=True):
         assert predicted[-1] == pytest.approx(realised[-1], rel=0.05)
@@ -102,9 +103,10 @@ def test_noise_of_known_parts():
     assert sum(found) / 20 == pytest.approx(5, rel=0.05)
     alternate = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     assert math.isnan(gradients.noise_to_signal(alternate))
-    weights, rows = torch.randn(12).double(), torch.randn(12, 5).double()
-    parts = (weights.unsqueeze(1) * rows).view(4, 3, 5).sum(1)
-    assert torch.allclose(gradients.group_gram(rows @ rows.T, weights, 3), parts @ parts.T)
+    weights, rows = torch.randn(12, 2).double(), torch.randn(12, 5).double()
+    parts = torch.einsum("nk,np->nkp", weights, rows).view(4, 3, 2, 5).sum(1)
+    found = gradients.group_gram(rows @ rows.T, weights, 3)
+    assert torch.allclose(found, torch.einsum("bkp,clp->bckl", parts, parts))
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

@@ -1,6 +1,7 @@
 """Arms that share their SFT: what is carried over, what is refused, the table."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from bbkit import config, study
 from bbkit.config import InputError
-from bbkit.files import read_json, read_rows
+from bbkit.files import read_json, read_rows, write_json
 
 TINY = [
     f"--set={item}"
@@ -64,6 +65,24 @@ def test_again_only_the_table_is_made(made, capsys):
         "%", "---", "base", "SFT", "grpo", "full", "full − grpo",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_noise_of_each_arms_scheme_is_beside_it(made, tmp_path):
+    for seed, ratio in ((0, 0.5), (1, 2.0)):
+        shared = tmp_path / f"sft-{seed}"
+        shared.mkdir()
+        row = {"ratio": ratio, "interval": [ratio / 2, ratio * 2]}
+        noise = {"gdpo": row | {"ratio": math.nan}, "capability + dual_cone": row}
+        write_json(shared / "probe.json", {"prompts": 8, "noise": noise})
+        for arm, scheme, how in (("gdpo", "gdpo", "sum"), ("full", "capability", "dual_cone")):
+            settings = {"grpo": {"advantages": scheme, "combination": how}}
+            (tmp_path / f"{arm}-{seed}").mkdir()
+            manifest = {"settings": settings, "forked_from": shared.name}
+            write_json(tmp_path / f"{arm}-{seed}" / "run.json", manifest)
+    cell = study.noise_cell([tmp_path / "full-0", tmp_path / "full-1"])
+    assert cell == "1.00 [0.61, 1.63]"  # half of the log interval: log 2 / √2
+    assert study.noise_cell([tmp_path / "gdpo-0"]) == ""  # no signal beyond the noise
+    assert study.noise_cell([made / "full-0"]) == ""  # not probed
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
