@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from bbkit import files, health, record
+from bbkit import files, health, processes, record
 from bbkit.config import Settings, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
@@ -64,16 +64,20 @@ class Recorder(TrainerCallback):
         self.stop = True
 
     def on_step_end(self, args, state, control, **_):
-        if self.stop:
-            control.should_save = control.should_training_stop = True
         minutes = self.settings.run.save_minutes
-        if minutes and time.monotonic() - self.saved > 60 * minutes:
+        due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes
+        self.stop, due = processes.in_any(self.stop, due)
+        if self.stop:
+            control.should_training_stop = True
+        if self.stop or due:
             control.should_save = True
         self.bar.update(1)
         return control
 
     def on_save(self, args, state, control, **_):
-        files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        processes.wait()  # each writes the state of its own random numbers
+        if self.run.writes:
+            files.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self.saved = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):

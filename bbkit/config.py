@@ -130,6 +130,7 @@ class Grpo:
     generations: Annotated[int, (2, None)] = 8
     micro_batch_size: Count = 64
     max_completion_length: Count = 48
+    sample_at_once: Whole = 0
     temperature: Annotated[float, (0.01, 10.0)] = 1.0
     top_p: Annotated[float, (0.01, 1.0)] = 1.0
     learning_rate: Share = 1e-5
@@ -289,7 +290,14 @@ class _Raw(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; YAML would drop the first without a word."""
+    """SafeLoader that refuses a key given twice, of which YAML would drop the first without a word,
+    and aliases, with which some lines can stand for gigabytes or for themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -302,7 +310,8 @@ class _Loader(yaml.SafeLoader):
 def _yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    # ValueError: a date that does not exist; RecursionError: lists in lists in lists
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, {getattr(error, 'problem', '')}" if mark else str(error)
         raise InputError(f"{source}: not valid YAML: {' '.join(line.split())}") from error
@@ -387,6 +396,10 @@ def _consistent(s: Settings) -> Settings:
         (
             g.controller.floor * 3 >= 1,
             "grpo.controller.floor must be below 1/3: there are 3 rewards",
+        ),
+        (
+            g.sample_at_once and batch % g.sample_at_once,
+            "grpo.sample_at_once must divide prompts x generations",
         ),
         (g.max_completion_length >= longest, f"grpo.max_completion_length {below}"),
         (s.evaluation.max_new_tokens >= longest, f"evaluation.max_new_tokens {below}"),

@@ -76,8 +76,11 @@ REFUSED = re.compile(
 )
 
 
-def extract_choice(text: str, letters: str = "ABCD") -> str | None:
+def extract_choice(text: str, letters: str = "ABCD", otherwise: str | None = None) -> str | None:
     """The one letter of `letters` that `text` commits to, or None; see the module for the rule.
+
+    `otherwise` instead of None is for comparing with published figures whose scorer guessed, as
+    MedRAG's did "A" (arXiv 2402.13178); a figure of ours is never made so.
 
     >>> extract_choice("Vitamin D is out. The answer is (C)."), extract_choice("It is vitamin D.")
     ('C', None)
@@ -90,8 +93,8 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
     for kind in (_tag, _json, _boxed, _sentences, _lines):
         found = set(kind(text, letters))
         if found:
-            return found.pop() if len(found) == 1 else None
-    return None
+            return (found.pop() if len(found) == 1 else None) or otherwise
+    return otherwise
 
 
 LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"

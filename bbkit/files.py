@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -96,8 +96,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not valid JSON; the file was damaged") from error
+        if not isinstance(rows[-1], dict):
+            raise InputError(f"{path}:{number}: not a row; the file was damaged")
     return rows
 
 
@@ -121,12 +123,15 @@ def broken(checkpoint: Path) -> str:
         files = read_json(checkpoint / MARKER)
     except InputError as error:
         return str(error)
-    for name, (size, digest) in files.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or truncated"
-        if _sha256(file) != digest:
-            return f"{name} has changed since it was written"
+    try:
+        for name, (size, digest) in files.items():
+            file = checkpoint / name
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} is missing or truncated"
+            if _sha256(file) != digest:
+                return f"{name} has changed since it was written"
+    except (AttributeError, TypeError, ValueError):
+        return "its completeness marker is damaged"
     return ""
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import prompts, rewards
+from bbkit import processes, prompts, rewards
 from bbkit.config import Settings
 from bbkit.prompts import Example
 from bbkit.sft import arguments, precision
@@ -74,6 +74,7 @@ def build(
 
     `retention` as in `capability.capability_aware`.
     """
+    import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -81,7 +82,24 @@ def build(
     from bbkit.capability import capability_aware
 
     class Trainer(GRPOTrainer):
-        """TRL's trainer that also logs the unparsed share and keeps samples for the run folder."""
+        """TRL's trainer that also logs the unparsed share and keeps samples for the run folder.
+
+        With `sample_at_once`, each part of the completions has random numbers of its own, from
+        seed, step and place, so that two processes draw what one would.
+        """
+
+        def _generate_single_turn(self, prompt_ids, *rest):
+            size = section.sample_at_once
+            if not size:
+                return super()._generate_single_turn(prompt_ids, *rest)
+            first, found = self.accelerator.process_index * len(prompt_ids), []
+            for start in range(0, len(prompt_ids), size):
+                name = f"sample/{settings.run.seed}/{self.state.global_step}/{first + start}"
+                with torch.random.fork_rng():
+                    torch.manual_seed(random.Random(name).getrandbits(63))
+                    some, _ = super()._generate_single_turn(prompt_ids[start : start + size], *rest)
+                found += some
+            return found, None
 
         def _calculate_rewards(self, inputs, prompts_, completions, completion_ids_list):
             matrix = super()._calculate_rewards(inputs, prompts_, completions, completion_ids_list)
@@ -91,7 +109,9 @@ def build(
                 if order[x["index"]].task != "instruction"
             ]
             missed = sum(rewards.answer_given(e, text) is None for e, text in asked)
-            self._log_metric("unparsed", missed / max(1, len(asked)))
+            counts = torch.tensor([missed, len(asked)], device=self.accelerator.device)
+            missed, count = self.accelerator.reduce(counts).tolist()
+            self._log_metric("unparsed", missed / max(1, count))
             self.last_samples = [
                 {
                     "prompt": order[x["index"]].question,
@@ -104,7 +124,7 @@ def build(
 
     section = settings.grpo
     completions = section.prompts * section.generations
-    passes = completions // section.micro_batch_size
+    passes = processes.share(completions, section.micro_batch_size, "grpo")
     config = GRPOConfig(
         **arguments(section, settings, folder),
         **precision(model),

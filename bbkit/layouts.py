@@ -45,7 +45,7 @@ def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:
                 rows.append((f"{name} entry {key}", {"pmid": key, **rest}))
         else:
             rows = [(f"{name} row {i}", row) for i, row in enumerate(whole, 1)]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, TypeError) as error:
+    except (ValueError, csv.Error, TypeError, RecursionError) as error:
         number += getattr(error, "lineno", 1) - 1
         raise InputError(
             f"{name} line {number}: not readable as {layout} ({error}), as if cut short; "

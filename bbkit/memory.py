@@ -139,7 +139,7 @@ def plan(
     for stage, sequences, read, rows, filled in (
         ("sft", s.micro_batch_size, model.max_length, bool(s.retention), 0),
         ("grpo", g.micro_batch_size, g.max_completion_length,
-         3 + bool(g.beta) + bool(g.retention), g.prompts * g.generations),
+         3 + bool(g.beta) + bool(g.retention), g.sample_at_once or g.prompts * g.generations),
     ):  # fmt: skip
         section = getattr(settings, stage)
         parts = common | {"optimiser": (2 if "8bit" in section.optimizer else 8) * lora}

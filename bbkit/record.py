@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bbkit.config import CannotRun, InputError, leaves
+from bbkit import processes
+from bbkit.config import CannotRun, InputError, Settings, leaves, to_dict
 from bbkit.files import MARKER, guarded, plain, read_json, read_rows, write_bytes, write_json
 
 try:
@@ -58,7 +59,9 @@ def _begun(folder: Path) -> bool:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "run.json")
-    if not isinstance(manifest, dict) or not {"settings", "stages", "sessions"} <= set(manifest):
+    kinds = {"settings": dict, "stages": dict, "sessions": list, "versions": dict}
+    whole = isinstance(manifest, dict)
+    if not whole or not all(isinstance(manifest.get(k), kind) for k, kind in kinds.items()):
         raise InputError(f"{folder / 'run.json'}: not the manifest of a run of this kit")
     return manifest
 
@@ -66,11 +69,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first dotted key at which two nested dicts differ, with both values, or "".
 
+    A setting that `old` does not know, made before there was one, counts as its default.
+
     >>> first_difference({"grpo": {"steps": 3}}, {"grpo": {"steps": 4}})
     'grpo.steps was 3 and is now 4'
     """
-    a, b, none = leaves(old), leaves(new), "not set"
-    changed = (k for k in [*b, *a] if a.get(k, none) != b.get(k, none))
+    a, b, none = leaves(plain(to_dict(Settings()))) | leaves(old), leaves(new), "not set"
+    changed = (k for k in [*b, *leaves(old)] if a.get(k, none) != b.get(k, none))
     return next((f"{k} was {a.get(k, none)} and is now {b.get(k, none)}" for k in changed), "")
 
 
@@ -97,6 +102,11 @@ def peak_bytes() -> int:
     """Most resident memory that this process has had."""
     import resource  # not on Windows
 
+    with suppress(
+        OSError, IndexError, ValueError
+    ):  # Linux: rusage also counts what started this process
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split(maxsplit=1)[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 
@@ -122,7 +132,8 @@ class Run:
 
     `settings` is the resolved configuration as a nested dict, `command` the arguments as typed,
     `resume` what `resolve_resume` gave. Raises InputError when another process holds the folder,
-    when a new run would overwrite an old one, or when a resumed one had other settings.
+    when a new run would overwrite an old one, or when a resumed one had other settings. Of the
+    processes of one run (bbkit.processes) all read the folder and the first alone writes.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -140,8 +151,9 @@ class Run:
         command: Sequence[str],
         resume: Path | None = None,
     ) -> None:
-        self.folder = folder
-        self._hold()
+        self.folder, self.writes = folder, processes.is_first()
+        if self.writes:
+            self._hold()
         if resume is None and _begun(folder):
             raise InputError(f"{folder}: holds a run; use another --out, or --resume auto")
         session = {"start": _now(), "end": None, "command": shlex.join(command)}
@@ -156,6 +168,7 @@ class Run:
             self._keep(lambda row: True)
             self.manifest |= {"status": "running", "end": None}
             self.manifest["sessions"].append(session)
+        processes.wait()  # nobody looks for an old run after somebody began this one
         self.update()
 
     def _hold(self) -> None:
@@ -179,6 +192,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
         """Note how the run ended; after a failure, remove checkpoints that were being written."""
+        if not self.writes:
+            return
         stopped = "interrupted" if kind is KeyboardInterrupt else f"failed: {error}"
         for checkpoint in self.folder.glob("*/checkpoint-*") if kind else ():
             if not (checkpoint / MARKER).exists():
@@ -195,7 +210,8 @@ class Run:
     def update(self, **facts: Any) -> None:
         """Put facts into the manifest and write it."""
         self.manifest |= plain(facts)
-        write_json(self.folder / "run.json", self.manifest)
+        if self.writes:
+            write_json(self.folder / "run.json", self.manifest)
 
     def pin(self, **facts: Any) -> None:
         """As `update`, for what must be the same on resume: data checksums, prompt hash, model."""
@@ -248,14 +264,18 @@ class Run:
         return stage in self.manifest["stages"]
 
     def _same(self, name: str, value: Any) -> None:
-        old = self.manifest.get(name, plain(value))
-        if change := first_difference({name: old}, {name: plain(value)}):
-            change = change.removeprefix("settings.")
+        new = plain(value)
+        old = self.manifest.get(name, new)
+        if name != "settings":  # whose keys are known without it
+            old, new = {name: old}, {name: new}
+        if change := first_difference(old, new):
             raise InputError(
                 f"{self.folder}: cannot resume, {change}; undo it or use another --out"
             )
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
         data, path = line.encode(errors="replace"), self.folder / name
         with guarded(path), open(path, "ab", buffering=0) as file:
@@ -269,7 +289,13 @@ class Run:
                 raise
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            rows = [json.dumps(r, ensure_ascii=False) for r in read_rows(path) if wanted(r)]
+        names = ("metrics.jsonl", "samples.jsonl") if self.writes else ()
+        for path in (self.folder / name for name in names):
+            try:
+                kept = [row for row in read_rows(path) if wanted(row)]
+            except (KeyError, ValueError, TypeError) as error:
+                said = "a row without stage or step; the file was damaged"
+                raise InputError(f"{path}: {said}") from error
+            rows = [json.dumps(row, ensure_ascii=False) for row in kept]
             if path.exists():
                 write_bytes(path, "".join(f"{row}\n" for row in rows).encode(errors="replace"))

@@ -22,7 +22,16 @@ def write(folder: Path) -> Path:
     """Draw the figures and write report.md, which a person reads first; works on unfinished runs.
 
     Reads run.json, metrics.jsonl, samples.jsonl and evaluation.json; gives the report's path.
+    Raises InputError where they are not those of a run.
     """
+    try:
+        return _write(folder)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        said = f"its files are not those of a run of this kit ({type(error).__name__}: {error})"
+        raise InputError(f"{folder}: {said}") from error
+
+
+def _write(folder: Path) -> Path:
     manifest, results = read_json(folder / "run.json"), results_of(folder)
     settings = manifest["settings"]
     parts = [f"# Run of {settings['model']['name']}", *headline(results)]

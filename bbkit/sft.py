@@ -7,7 +7,7 @@ being asked is set here (optimiser, rates, batch, seed, loss type).
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import prompts
+from bbkit import processes, prompts
 from bbkit.config import Settings
 from bbkit.prompts import Example
 
@@ -90,10 +90,11 @@ def build(
     from bbkit.adapters import keep_float32
 
     section = settings.sft
+    passes = processes.share(section.batch_size, section.micro_batch_size, "sft")
     config = SFTConfig(
         **arguments(section, settings, folder),
         **precision(model),
-        gradient_accumulation_steps=section.batch_size // section.micro_batch_size,
+        gradient_accumulation_steps=passes,
         max_length=settings.model.max_length,
         completion_only_loss=True,
         packing=False,

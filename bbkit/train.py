@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import config, files, record
+from bbkit import config, files, processes, record
 from bbkit.config import InputError, Settings
 from bbkit.prompts import Example
 
@@ -67,6 +67,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     if args.dry_run:
         return _dry_run(settings, args.offline, args.card)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
+    processes.join()
     resume = record.resolve_resume(args.resume, out)
     rows = load_rows(settings, args.data_dir, args.offline)
     with record.Run(resume or out, config.to_dict(settings), command, resume) as run:
@@ -179,7 +180,7 @@ def execute(
         ifeval = data.load("ifeval", "test", data_dir)[: settings.evaluation.ifeval]
 
     def evaluate_stage(stage: str) -> None:
-        if "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
+        if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
     evaluate_stage("base")
@@ -220,15 +221,17 @@ def execute(
                     model, tokenizer, order, settings, adapter.parent, [hooks], kept
                 )
             hooks.train(trainer)
-            adapters.save_adapter(model, adapter)
+            if run.writes:
+                adapters.save_adapter(model, adapter)
             run.done(stage, seconds=hooks.seconds, peak_gib=round(record.peak_bytes() / 2**30, 2))
         else:
             continue
         tuned = True
         evaluate_stage(stage)
-    if tuned:
-        adapters.save_adapter(model, run.folder / "adapter")
-    print(f"report: {report.write(run.folder)}")
+    if run.writes:
+        if tuned:
+            adapters.save_adapter(model, run.folder / "adapter")
+        print(f"report: {report.write(run.folder)}")
 
 
 def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:

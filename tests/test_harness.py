@@ -1,5 +1,6 @@
 """Public benchmarks by `python -m bbkit.evaluate`, on rows made here."""
 
+import csv
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from bbkit import adapters, config, data, harness, models, prompts, scorecard
+from bbkit.files import read_rows
 from bbkit.prompts import Example
 from bbkit.tasks import utils
 
@@ -93,36 +95,51 @@ def test_a_second_call_asks_the_model_nothing_twice(made, tmp_path, monkeypatch)
         run(tmp_path, "--tasks", "medqa", "--limit", "4")
 
 
-def test_log_likelihoods_are_those_of_lm_evals_own_task_on_the_same_file(made, tmp_path):
-    """Its own reader of its own columns, from a file, without the kit's rows."""
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lm_evals_own(model, tokenizer, places, batch_size=4):
+    """Samples of lm-eval's own tasks, its own reader of its own columns, from {task: file}."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    assert run(tmp_path, "--tasks", "medqa,biomed_mmlu", "--protocols", "loglikelihood") == 0
-    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
-    medqa, mmlu = tmp_path / "medqa.jsonl", tmp_path / "mmlu.jsonl"
-    with medqa.open("w") as file:
-        for e in MADE["medqa"]:
-            endings = {f"ending{i}": text for i, text in enumerate(e.options)}
-            row = {"sent1": e.question, **endings, "label": e.options.index(e.answer)}
-            file.write(json.dumps(row) + "\n")
-    anatomy = [e for e in MADE["mmlu_medical"] if e.entity == "anatomy"]
-    with mmlu.open("w") as file:
-        for e in anatomy:
-            gold = e.options.index(e.answer)
-            row = {"question": e.question, "choices": list(e.options), "answer": gold}
-            file.write(json.dumps(row) + "\n")
     members = [
         {"task": name, "dataset_path": "json", "dataset_name": None,
          "dataset_kwargs": {"data_files": {"test": str(path)}}, **harness.ONE_SPLIT}
-        for name, path in (("medqa_4options", medqa), ("mmlu_anatomy", mmlu))
+        for name, path in places.items()
     ]  # fmt: skip
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    tasks = TaskManager().load({"group": "own", "task": members})
+    return evaluator.evaluate(lm, tasks, bootstrap_iters=0)["samples"]
+
+
+def test_log_likelihoods_are_those_of_lm_evals_own_task_on_the_same_file(made, tmp_path):
+    assert run(tmp_path, "--tasks", "medqa,biomed_mmlu", "--protocols", "loglikelihood") == 0
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    anatomy = [e for e in MADE["mmlu_medical"] if e.entity == "anatomy"]
+    gold = [e.options.index(e.answer) for e in MADE["medqa"] + anatomy]
+    rows = [
+        {"sent1": e.question, **{f"ending{i}": text for i, text in enumerate(e.options)}}
+        for e in MADE["medqa"]
+    ]
+    places = {
+        "medqa_4options": write_rows(
+            tmp_path / "medqa.jsonl",
+            [row | {"label": g} for row, g in zip(rows, gold, strict=False)],
+        ),
+        "mmlu_anatomy": write_rows(
+            tmp_path / "mmlu.jsonl",
+            [
+                {"question": e.question, "choices": list(e.options), "answer": g}
+                for e, g in zip(anatomy, gold[len(rows) :], strict=True)
+            ],
+        ),
+    }
     model, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4)
-    own = evaluator.evaluate(
-        lm, TaskManager().load({"group": "own", "task": members}), bootstrap_iters=0
-    )["samples"]
+    own = lm_evals_own(model, tokenizer, places)
     for name, card, examples in (
         ("medqa_4options", "medqa", MADE["medqa"]),
         ("mmlu_anatomy", "biomed_mmlu", anatomy),
@@ -239,6 +256,55 @@ def test_a_missing_subject_is_named(tmp_path, capsys):
     options = ["--tasks", "biomed_mmlu", "--data-dir", str(tmp_path / "data")]
     assert harness.main([*options, "--out", str(tmp_path / "out")]) == 2
     assert "clinical_knowledge_test.csv" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smollm2_scores_as_under_lm_eval_item_by_item(data_dir, tmp_path):
+    """Six MMLU subjects and 100 rows of MedQA, which lm-eval reads from the upstream files."""
+    gguf = os.environ.get("BBKIT_GGUF")
+    if not gguf:
+        pytest.skip("set BBKIT_GGUF to SmolLM2-135M-Instruct's .gguf")
+    model = ["--preset", "smollm2-cpu", "--model", gguf, "--set", "model.quantization=none"]
+    words = [*model, "--protocols", "loglikelihood", "--data-dir", str(data_dir)]
+    for task in ("medqa", "biomed_mmlu"):
+        limit = ["--limit", "100"] if task == "medqa" else []
+        out = ["--out", str(tmp_path / task)]
+        assert harness.main([*words, "--tasks", task, *limit, *out]) == 0
+    places, orders = {}, {}
+    upstream = data_dir / "medqa" / "phrases_no_exclude_test.head100.jsonl"
+    rows = [json.loads(line) for line in upstream.read_text().splitlines()][:100]
+    places["medqa_4options"] = write_rows(
+        tmp_path / "medqa.jsonl",
+        [
+            {"sent1": r["question"], "label": "ABCD".index(r["answer_idx"])}
+            | {f"ending{i}": r["options"][letter] for i, letter in enumerate("ABCD")}
+            for r in rows
+        ],
+    )
+    orders["medqa_4options"] = [f"{n:04d}" for n in range(len(rows))]
+    for subject in harness.SUBJECTS:
+        with (data_dir / "mmlu" / f"{subject}_test.csv").open(newline="") as file:
+            cells = list(csv.reader(file))
+        places[f"mmlu_{subject}"] = write_rows(
+            tmp_path / f"{subject}.jsonl",
+            [{"question": q, "choices": c, "answer": "ABCD".index(a)} for q, *c, a in cells],
+        )
+        orders[f"mmlu_{subject}"] = [f"{subject}-{n:03d}" for n in range(len(cells))]
+    settings = config.load(
+        "smollm2-cpu", overrides=[f"model.name={gguf}", "model.revision=null", *model[5:]]
+    )
+    own = lm_evals_own(*models.load(settings.model, say=lambda line: None), places, 8)
+    items = [
+        r for task in ("medqa", "biomed_mmlu") for r in read_rows(tmp_path / task / "items.jsonl")
+    ]
+    ours = {row["id"]: row for row in items}
+    for name, ids in orders.items():
+        assert len(own[name]) == len(ids)
+        for key, sample in zip(ids, own[name], strict=True):
+            assert ours[key]["right"] == sample["acc"], key
+            theirs = [response[0] for response in sample["filtered_resps"]]
+            assert ours[key]["loglikelihoods"] == pytest.approx(theirs, abs=1e-3), key
+    assert len(items) == sum(map(len, orders.values())) == 1189
 
 
 @pytest.mark.slow

@@ -245,6 +245,17 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
     assert len(run.manifest["sessions"]) == 2 and run.manifest["status"] == "done"
 
 
+def test_a_run_made_before_a_setting_was_there_goes_on(tmp_path):
+    old, new = to_dict(load("pocket")), to_dict(load("pocket"))
+    del old["grpo"]["sample_at_once"], old["run"]["save_minutes"]
+    Run(tmp_path, old, ["a"]).__exit__(None, None, None)
+    with Run(tmp_path, new, ["a"], resume=tmp_path):
+        pass
+    new["run"]["save_minutes"] = 5
+    with pytest.raises(InputError, match=r"resume, run\.save_minutes was 10 and is now 5"):
+        Run(tmp_path, new, ["a"], resume=tmp_path)
+
+
 def test_resume_with_other_settings_names_the_first_key(tmp_path):
     begin(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
@@ -315,6 +326,17 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
 
 
 # Two processes, and kill -9
+
+
+def test_a_small_process_started_by_a_large_one_has_a_small_peak():
+    """Linux' rusage hands the parent's peak on: all figures of a benchmark would be the same."""
+    code = (
+        "import subprocess, sys\nheld = bytearray(500_000_000)\n"
+        "said = 'from bbkit import record; print(record.peak_bytes())'\n"
+        "print(subprocess.run([sys.executable, '-c', said], capture_output=True).stdout.decode())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5e6 < int(found.stdout) < 3e8
 
 
 def test_two_processes_cannot_write_the_same_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -170,6 +171,46 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, h
     assert comparable(out) == comparable(whole)
 
 
+@pytest.mark.slow
+def test_50_kills_at_any_moment_end_in_the_same_bits(whole, tmp_path):
+    """While it loads, trains, saves or evaluates; some with the newest checkpoint torn after it.
+
+    SIGTERM loses no step, kill -9 at most one interval between checkpoints, a torn one one more.
+    """
+    rng, kills, number = random.Random(0), 0, 0
+    interval = {"sft": 2, "grpo": 1}
+    while kills < 50:
+        out, number, allowed, reached = tmp_path / f"{number}", number + 1, 0, ("", 0)
+        while True:
+            process = start(*SMALL, "--out", str(out))
+            try:
+                process.wait(rng.uniform(4, 25))
+                how = ""
+            except subprocess.TimeoutExpired:
+                how = rng.choice(("kill", "terminate", "torn"))
+                process.terminate() if how == "terminate" else process.kill()
+                kills += 1
+            code, text, err = finish(process)
+            for stage, step in re.findall(r"^(sft|grpo): going on from step (\d+)", text, re.M):
+                if stage == reached[0]:
+                    assert reached[1] - int(step) <= allowed * interval[stage], (how, reached, text)
+            if not how:
+                break
+            assert code in (0, 130, -signal.SIGTERM, -signal.SIGKILL), text + err
+            rows, before = read_rows(out / "metrics.jsonl"), reached
+            reached = (rows[-1]["stage"], rows[-1]["step"]) if rows else ("", 0)
+            lost = {"terminate": 0, "kill": 1, "torn": 2}[how]
+            allowed = max(lost, allowed) if reached == before else lost  # it got no further
+            newest = sorted(out.glob("*/checkpoint-*"), key=lambda p: p.stat().st_mtime)[-1:]
+            if how == "torn" and newest:
+                largest = max(newest[0].iterdir(), key=lambda p: p.stat().st_size)
+                os.truncate(largest, largest.stat().st_size // 2)
+        assert code == 0, text + err
+        assert comparable(out) == comparable(whole)
+        shutil.rmtree(out)
+    print(f"{kills} kills in {number} runs")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -216,8 +257,6 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsy
 
 
 def test_a_corrupt_adapter_is_named_and_the_run_is_left_as_it_was(whole, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
     manifest = json.loads((copy / "run.json").read_text())
