@@ -186,9 +186,8 @@ def summed(rows: Mapping[str, Sequence[Mapping]]) -> dict[str, Any]:
 
 def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
     """Item rows of several runs by stage, for `pooled`, which see."""
-    rows: dict[str, list[dict]] = {}
     first: dict[str, Any] = {}
-    for number, folder in enumerate(folders):
+    for folder in folders:
         if not (folder / "run.json").exists():
             raise InputError(f"{folder}: no run.json; name the folders of finished runs")
         settings = config.leaves(read_json(folder / "run.json")["settings"])
@@ -196,10 +195,21 @@ def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
         first = first or settings
         for key in (k for k in settings if settings[k] != first.get(k)):
             raise InputError(f"{folder}: {key} differs from {folders[0]}; pool seeds of one set-up")
-        for path in sorted((folder / "evaluation").glob("*.jsonl")):
-            # `source` keeps the runs apart where before and after are paired.
-            found = [r | {"source": f"{r['source']} {number}"} for r in read_rows(path)]
-            rows.setdefault(path.stem, []).extend(found)
+    return merged([item_rows(folder) for folder in folders])
+
+
+def item_rows(folder: Path) -> dict[str, list[dict]]:
+    """Item rows of one run by stage."""
+    return {p.stem: read_rows(p) for p in sorted((folder / "evaluation").glob("*.jsonl"))}
+
+
+def merged(runs: Sequence[Mapping[str, Sequence[Mapping]]]) -> dict[str, list[dict]]:
+    """Item rows of several runs as of one; `source` keeps them apart where they are paired."""
+    rows: dict[str, list[dict]] = {}
+    for number, run in enumerate(runs):
+        for stage, found in run.items():
+            kept = [{**row, "source": f"{row['source']} {number}"} for row in found]
+            rows.setdefault(stage, []).extend(kept)
     return rows
 
 

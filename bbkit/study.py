@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, files, record, report
+from bbkit import config, files, record, recorded, report
 from bbkit.config import CannotRun, InputError, Unhealthy
 
 FULL = (
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
     p.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
+    p.add_argument("--record", type=Path, metavar="FILE", help="write what tables are made from")
     return p
 
 
@@ -84,12 +85,16 @@ def _main(args: argparse.Namespace) -> int:
                 _probe(args, shared)
             for arm in arms:
                 _train(args, seed, ARMS[arm], out / f"{arm}-{seed}", shared)
-    there = {arm: [f for s in seeds if _evaluated(f := out / f"{arm}-{s}")] for arm in arms}
-    missing = [f"{arm}-{s}" for arm in arms for s in seeds if out / f"{arm}-{s}" not in there[arm]]
-    if missing:
+    names = [f"{arm}-{seed}" for arm in arms for seed in seeds]
+    there = [name for name in names if _evaluated(out / name)]
+    if missing := [name for name in names if name not in there]:
         print(f"not finished, and not in the table: {', '.join(missing)}")
-    if any(there.values()):
-        print(table({arm: folders for arm, folders in there.items() if folders}))
+    if there:
+        shared = sorted({f"sft-{name.rpartition('-')[2]}" for name in there})
+        found = recorded.pack([out / name for name in shared + there])
+        if args.record:
+            files.write_bytes(args.record, recorded.text(found).encode())
+        print(table(found))
     return 0
 
 
@@ -176,29 +181,34 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
         half.rename(target)
 
 
-def table(arms: Mapping[str, Sequence[Path]]) -> str:
-    """Results of all arms, pooled over their runs, as one table; changes are to the first arm.
+def table(kept: Mapping[str, Any]) -> str:
+    """Results of all arms of a record (bbkit.recorded) as one table; changes are to the first arm.
 
     Intervals are over diseases and prompts; what the seed of the training does is shown by each
     seed's own change.
     """
     from bbkit import evaluate
 
-    rows = {arm: report.pooled_rows(folders) for arm, folders in arms.items()}
+    names: dict[str, list[str]] = {}
+    for name, run in kept["runs"].items():
+        if run["from"]:
+            names.setdefault(name.rpartition("-")[0], []).append(name)
+    each = {arm: [recorded.unpack(kept, n) for n in runs] for arm, runs in names.items()}
+    rows = {arm: report.merged(runs) for arm, runs in each.items()}
     found = {arm: report.summed(pooled) for arm, pooled in rows.items()}
-    first = next(iter(arms))
+    first = next(iter(rows))
     head = ["%", *SHOWN.values(), "tax", "KL, questions", "KL, instructions", "gradient noise"]
     lines = [head]
     shared = found[first]
     for name, stage in (("base", "base"), ("SFT", "sft")) if "sft" in shared else ():
         lines.append([name, *_cells(shared, stage), ""])
     for arm, results in found.items():
-        lines.append([arm, *_cells(results, "grpo"), noise_cell(arms[arm])])
-    for arm in list(arms)[1:]:
+        lines.append([arm, *_cells(results, "grpo"), noise_cell(kept, names[arm])])
+    for arm in list(rows)[1:]:
         change = evaluate.difference(rows[first]["grpo"], rows[arm]["grpo"])
         seeds = [
-            evaluate.difference(report.pooled_rows([a])["grpo"], report.pooled_rows([b])["grpo"], 1)
-            for a, b in zip(arms[first], arms[arm], strict=False)
+            evaluate.difference(a["grpo"], b["grpo"], 1)
+            for a, b in zip(each[first], each[arm], strict=False)
         ]
         cells = [
             f"{report.change_cell(change[name])}; seeds "
@@ -221,19 +231,17 @@ def _cells(results: Mapping[str, Any], stage: str) -> list[str]:
     return cells
 
 
-def noise_cell(folders: Sequence[Path]) -> str:
+def noise_cell(kept: Mapping[str, Any], names: Sequence[str]) -> str:
     """Noise to signal of an arm's gradient over GRPO's at the same SFT, geometric mean over seeds.
 
-    From the `probe.json` of the runs that the arms were forked from; empty where one has none, or
+    As the probe of the runs that the arms were forked from has it; empty where one has none, or
     shows no signal beyond the noise.
     """
     logs, errors = [], []
-    for folder in folders:
-        manifest = files.read_json(folder / "run.json")
-        probed = folder.with_name(manifest.get("forked_from", "")) / "probe.json"
-        section = manifest["settings"]["grpo"]
+    for run in (kept["runs"][name] for name in names):
+        section = run["grpo"]
         combined = "" if section["combination"] == "sum" else f" + {section['combination']}"
-        noise = files.read_json(probed)["noise"] if probed.exists() else {}
+        noise = kept["runs"][run["from"]]["noise"] or {}
         row = noise.get(section["advantages"] + combined)
         if not row or None in (row["ratio"], *row["interval"]):
             return ""

@@ -1,7 +1,6 @@
 """Arms that share their SFT: what is carried over, what is refused, the table."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,9 +9,9 @@ import time
 
 import pytest
 
-from bbkit import config, study
+from bbkit import config, recorded, study
 from bbkit.config import InputError
-from bbkit.files import read_json, read_rows, write_json
+from bbkit.files import read_json, read_rows
 
 TINY = [
     f"--set={item}"
@@ -68,21 +67,34 @@ def test_again_only_the_table_is_made(made, capsys):
 
 
 def test_the_noise_of_each_arms_scheme_is_beside_it(made, tmp_path):
-    for seed, ratio in ((0, 0.5), (1, 2.0)):
-        shared = tmp_path / f"sft-{seed}"
-        shared.mkdir()
-        row = {"ratio": ratio, "interval": [ratio / 2, ratio * 2]}
-        noise = {"gdpo": row | {"ratio": math.nan}, "capability + dual_cone": row}
-        write_json(shared / "probe.json", {"prompts": 8, "noise": noise})
-        for arm, scheme, how in (("gdpo", "gdpo", "sum"), ("full", "capability", "dual_cone")):
-            settings = {"grpo": {"advantages": scheme, "combination": how}}
-            (tmp_path / f"{arm}-{seed}").mkdir()
-            manifest = {"settings": settings, "forked_from": shared.name}
-            write_json(tmp_path / f"{arm}-{seed}" / "run.json", manifest)
-    cell = study.noise_cell([tmp_path / "full-0", tmp_path / "full-1"])
+    runs = {}
+    for seed, ratio in ((0, 0.5), (1, 2.0), (2, None)):
+        row = {"ratio": ratio, "interval": [ratio / 2, ratio * 2] if ratio else [None, None]}
+        runs[f"sft-{seed}"] = {"noise": {"capability + dual_cone": row, "gdpo": row}}
+        section = {"advantages": "capability", "combination": "dual_cone"}
+        runs[f"full-{seed}"] = {"from": f"sft-{seed}", "grpo": section}
+    kept = {"runs": runs}
+    cell = study.noise_cell(kept, ["full-0", "full-1"])
     assert cell == "1.00 [0.61, 1.63]"  # half of the log interval: log 2 / √2
-    assert study.noise_cell([tmp_path / "gdpo-0"]) == ""  # no signal beyond the noise
-    assert study.noise_cell([made / "full-0"]) == ""  # not probed
+    assert study.noise_cell(kept, ["full-0", "full-2"]) == ""  # no signal beyond the noise
+    runs["sft-0"]["noise"] = None
+    assert study.noise_cell(kept, ["full-0"]) == ""  # not probed
+
+
+def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
+    words = ["--table", "--arms", "grpo,full", "--seeds", "0", "--out", str(made)]
+    assert study.main([*words, "--record", str(tmp_path / "study.json")]) == 0
+    kept = read_json(tmp_path / "study.json")
+    assert study.table(kept) == capsys.readouterr().out.strip()
+    assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
+    assert "reply" not in (tmp_path / "study.json").read_text()
+    rows = read_rows(made / "full-0" / "evaluation" / "grpo.jsonl")
+    again = recorded.unpack(kept, "full-0")
+    assert set(again) == {"base", "sft", "grpo"}
+    for ours, row in zip(again["grpo"], rows, strict=True):
+        assert all(ours[name] == row[name] for name in recorded.ITEM)
+        known = {k: v for k, v in row["scores"].items() if v is not None}
+        assert ours["scores"] == pytest.approx(known, rel=1e-3)
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):

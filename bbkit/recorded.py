@@ -1,0 +1,89 @@
+"""Recorded runs of a study in one small file: what tables, figures and notebooks are made from.
+
+Serves every claim that README states. Replies are left out; a score of each held-out prompt, what
+training logged, and the command and versions of each run are kept.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bbkit import files, report
+from bbkit.config import InputError
+
+ITEM = ("id", "task", "entity", "source")
+LOGGED = ("reward/", "weight/", "coefficient/", "cosine/", "entropy", "unparsed")
+Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
+
+
+def pack(folders: Sequence[Path]) -> dict[str, Any]:
+    """What is kept of run folders, by the folders' names; `unpack` gives the item rows back.
+
+    A run that was forked keeps its own last stage alone. Raises InputError where two runs did not
+    answer the same prompts.
+    """
+    items: list[list[str]] = []
+    runs: dict[str, Any] = {}
+    for folder in folders:
+        manifest = files.read_json(folder / "run.json")
+        source = manifest.get("forked_from")
+        kept = report.item_rows(folder)
+        if source:
+            kept = {"grpo": kept["grpo"]}
+        for rows in kept.values():
+            asked = [[row[name] for name in ITEM] for row in rows]
+            items = items or asked
+            if asked != items:
+                raise InputError(f"{folder}: answered other prompts than {folders[0]}")
+        logged = [r for r in files.read_rows(folder / "metrics.jsonl") if r["stage"] == "grpo"]
+        names = sorted({k for row in logged for k in row if k.startswith(LOGGED)})
+        probe = folder / "probe.json"
+        runs[folder.name] = {
+            "command": manifest["command"], "commit": manifest["git"]["commit"],
+            "end": manifest["end"], "hardware": manifest["hardware"],
+            "versions": manifest["versions"], "from": source,
+            "grpo": manifest["settings"]["grpo"] if source else None,
+            "scores": {stage: _columns(rows) for stage, rows in kept.items()},
+            "log": {name: [_short(row.get(name)) for row in logged] for name in names},
+            "noise": files.read_json(probe)["noise"] if probe.exists() else None,
+        }  # fmt: skip
+    return {"items": items, "runs": runs}
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The file of a record: JSON, a line a run, so that git shows which one changed."""
+    lines = [f"{json.dumps(k)}: {json.dumps(files.plain(v))}" for k, v in found["runs"].items()]
+    runs = ",\n".join(lines)
+    return f'{{"items": {json.dumps(found["items"])},\n"runs": {{\n{runs}\n}}}}\n'
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    names = sorted({name for row in rows for name in row["scores"]})
+    columns = {name: [_short(row["scores"].get(name)) for row in rows] for name in names}
+    return columns | {"kl": [_short(row.get("kl")) for row in rows]}
+
+
+def _short(value: float | None) -> float | int | None:
+    if value is None:
+        return None
+    return int(value) if value == int(value) else float(f"{value:.4g}")
+
+
+def unpack(found: Mapping[str, Any], name: str) -> Rows:
+    """Item rows of one run by stage, those of the run that it was forked from among them.
+
+    >>> run = {"from": None, "scores": {"sft": {"domain": [1, None], "kl": [None, 0.5]}}}
+    >>> kept = {"items": [["a", "choice", "e", "s"]] * 2, "runs": {"sft-0": run}}
+    >>> [row["scores"] for row in unpack(kept, "sft-0")["sft"]]
+    [{'domain': 1}, {}]
+    """
+    run = found["runs"][name]
+    rows = unpack(found, run["from"]) if run["from"] else {}
+    for stage, columns in run["scores"].items():
+        rows[stage] = []
+        for i, item in enumerate(found["items"]):
+            seen = {k: v[i] for k, v in columns.items() if v[i] is not None}
+            kl = {"kl": seen.pop("kl")} if "kl" in seen else {}
+            rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
+    return rows
