@@ -40,7 +40,8 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
         names = sorted({k for row in logged for k in row if k.startswith(LOGGED)})
         probe = folder / "probe.json"
         runs[folder.name] = {
-            "command": manifest["command"], "commit": manifest["git"]["commit"],
+            "command": manifest["command"].replace(f"{folder.parent}/", ""),  # nobody's paths
+            "commit": manifest["git"]["commit"],
             "end": manifest["end"], "hardware": manifest["hardware"],
             "versions": manifest["versions"], "from": source,
             "grpo": manifest["settings"]["grpo"] if source else None,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,14 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
         assert all(ours[name] == row[name] for name in recorded.ITEM)
         known = {k: v for k, v in row["scores"].items() if v is not None}
         assert ours["scores"] == pytest.approx(known, rel=1e-3)
+
+
+def test_the_readmes_table_is_that_of_the_recorded_study():
+    """Stale? python -m bbkit.study --table --record notebooks/recorded/pocket.json prints it."""
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text()
+    shown = text.partition("<!-- table: study -->\n")[2].partition("\n\n")[0]
+    assert shown == study.table(read_json(root / "notebooks" / "recorded" / "pocket.json"))
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
