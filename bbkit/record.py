@@ -102,9 +102,8 @@ def peak_bytes() -> int:
     """Most resident memory that this process has had."""
     import resource  # not on Windows
 
-    with suppress(
-        OSError, IndexError, ValueError
-    ):  # Linux: rusage also counts what started this process
+    with suppress(OSError, IndexError, ValueError):
+        # Linux, whose rusage also counts the process that started this one
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split(maxsplit=1)[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
