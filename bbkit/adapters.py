@@ -93,8 +93,8 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> Peft
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(saved[key])
-    for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_(trainable and ".lora_" in name)
+    for name, parameter in wrapped.named_parameters():  # ".ref." is TRL's, for the KL penalty
+        parameter.requires_grad_(trainable and ".lora_" in name and ".default." in name)
     return wrapped
 
 

@@ -78,7 +78,7 @@ def build(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from bbkit.adapters import keep_float32
+    from bbkit.adapters import keep_float32, load_adapter
     from bbkit.capability import capability_aware
 
     class Trainer(GRPOTrainer):
@@ -87,6 +87,12 @@ def build(
         With `sample_at_once`, each part of the completions has random numbers of its own, from
         seed, step and place, so that two processes draw what one would.
         """
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            """With the KL penalty there are two adapters, of which transformers loads the frozen
+            copy that TRL made, and leaves the one that trains as it is."""
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
         def _generate_single_turn(self, prompt_ids, *rest):
             size = section.sample_at_once

@@ -26,7 +26,7 @@ SMALL = [
     # The whole method, since it has the most to lose in a resume.
     "--set", "sft.retention=2", "--set", "grpo.retention=2", "--set", "grpo.metric=adam",
     "--set", "grpo.controller.rule=deficit", "--set", "grpo.advantages=capability",
-    "--set", "grpo.combination=dual_cone",
+    "--set", "grpo.combination=dual_cone", "--set", "grpo.beta=0.05",
 ]  # fmt: skip
 
 
