@@ -115,6 +115,17 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     return folder
 
 
+def average_with_base(model: PeftModel, share: float) -> None:
+    """Move a tuned model `share` of the way back to its base (WiSE-FT, arXiv 2109.01903).
+
+    The average of the two models' weights is exact: ΔW is linear in B.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B.default." in name:
+                parameter.mul_(1 - share)
+
+
 def average(one: str | Path | None, other: str | Path, alpha: float, out: str | Path) -> Path:
     """Weight averaging without training: an adapter of (1 − alpha) ΔW_one + alpha ΔW_other.
 

@@ -104,6 +104,7 @@ class Sft:
     scheduler: Scheduler = "linear"
     loss_type: Literal["nll", "chunked_nll"] = "nll"
     retention: Whole = 0
+    averaging: Share = 0.0
     save_steps: Count = 50
 
 

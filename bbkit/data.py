@@ -137,7 +137,8 @@ def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Exa
             continue
         for n, (place, row) in enumerate(rows):
             try:
-                examples.append(Example(**fields(card_name, row, n, hub), source=card_name))
+                made = fields(card_name, row, n, hub, as_is=entry["role"] == "test")
+                examples.append(Example(**made, source=card_name))
             except ValueError as error:
                 raise InputError(
                     f"{place}: {error}; mend the row or fetch the file again"

@@ -157,7 +157,7 @@ def measure(example: Example, reply: str) -> dict[str, float | None]:
     return scores
 
 
-def _cluster(item: Mapping) -> str:
+def cluster(item: Mapping) -> str:
     return item["entity"] if item["task"] != "instruction" else item["id"]
 
 
@@ -228,7 +228,7 @@ def divergences(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dic
 
 
 def _mean(values: Sequence[float], rows: Sequence[Mapping], draws: int, shares=True) -> dict:
-    low, high = interval(values, [_cluster(r) for r in rows], draws, shares)
+    low, high = interval(values, [cluster(r) for r in rows], draws, shares)
     return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
 
 
@@ -240,7 +240,7 @@ def difference(
     out = {}
     for name in MEASURES:
         pairs = [
-            (r["scores"][name] - earlier[r["source"], r["id"]]["scores"][name], _cluster(r))
+            (r["scores"][name] - earlier[r["source"], r["id"]]["scores"][name], cluster(r))
             for r in after
             if r["scores"].get(name) is not None and (r["source"], r["id"]) in earlier
         ]

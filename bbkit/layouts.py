@@ -152,10 +152,12 @@ READERS: dict[str, Callable[[Any, int, bool], dict]] = {
 }
 
 
-def fields(card_name: str, row: Any, n: int, hub: bool) -> dict:
+def fields(card_name: str, row: Any, n: int, hub: bool, as_is: bool = False) -> dict:
     """Checked and stripped fields of an Example from the n-th row of a file or of a Hub copy.
 
-    ValueError says what is wrong with the row. The id is the card's own, else n; the entity the id.
+    `as_is` leaves the spaces at the ends: a test set is asked as others ask it, and an option with
+    a space behind it has another likelihood. ValueError says what is wrong with the row. The id is
+    the card's own, else n; the entity the id.
 
     >>> cells = ["Which bone?", "Ulna", "Tibia", "Rib", "Skull", "B"]
     >>> fields("mmlu_medical", {"subject": "anatomy", "cells": cells}, 7, hub=False)["id"]
@@ -174,6 +176,8 @@ def fields(card_name: str, row: Any, n: int, hub: bool) -> dict:
             raise ValueError(f"its {key} must be text, not {str(value)[:40]!r}")
         if key in ("id", "question", "answer") and not value.strip():
             raise ValueError(f"its {key} is empty")
-        if "constraints" not in made:  # IFEval: some prompts must be repeated as they stand
-            made[key] = tuple(map(str.strip, value)) if key == "options" else value.strip()
+        if key != "constraints" and not as_is:
+            made[key] = [text.strip() for text in value] if key == "options" else value.strip()
+    if "options" in made:
+        made["options"] = tuple(made["options"])
     return made

@@ -31,6 +31,11 @@ def join() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        # transformers reads a checkpoint's optimiser to the process' device, by accelerate "cpu:0"
+        # on gloo, a name that torch.load alone does not know.
+        torch.serialization.register_package(
+            50, lambda storage: None, lambda storage, at: storage if at == "cpu:0" else None
+        )
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as long as the process lives
 

@@ -6,41 +6,66 @@ by the command that its run.json names, so that a single row can be run again by
 """
 
 import argparse
-import math
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bbkit import config, files, record, recorded, report
+from bbkit import comparison, config, files, minutes, record, recorded
 from bbkit.config import CannotRun, InputError, Unhealthy
 
-FULL = (
-    "grpo.advantages=capability", "grpo.controller.rule=deficit", "grpo.combination=dual_cone",
-    "grpo.retention=4",
-)  # fmt: skip
+
+def _arm(
+    advantages: str = "capability",
+    rule: str = "deficit",
+    combination: str = "sum",
+    retention: int = 0,
+) -> tuple[str, ...]:
+    return (
+        f"grpo.advantages={advantages}", f"grpo.controller.rule={rule}",
+        f"grpo.combination={combination}", f"grpo.retention={retention}",
+    )  # fmt: skip
+
+
+COMBINED = ("pcgrad", "upgrad", "aligned_mtl", "dual_cone")
 ARMS: dict[str, tuple[str, ...]] = {
-    "grpo": ("grpo.advantages=grpo", "grpo.controller.rule=fixed", "grpo.combination=sum"),
-    "gdpo": ("grpo.advantages=gdpo", "grpo.controller.rule=fixed", "grpo.combination=sum"),
-    "static": ("grpo.advantages=capability", "grpo.controller.rule=fixed", "grpo.combination=sum"),
-    "dynamic": (
-        "grpo.advantages=capability",
-        "grpo.controller.rule=deficit",
-        "grpo.combination=sum",
-    ),
-    "orthogonal": (*FULL[:3], "grpo.retention=0"),
-    "full": FULL,
+    # without GRPO, each with an SFT of its own
+    "averaging": ("grpo.steps=0", "sft.averaging=0.5"),
+    "sft_retention": ("grpo.steps=0", "sft.retention=4"),
+    # from the SFT that a seed's arms share
+    "grpo": _arm("grpo", "fixed"),
+    "dr_grpo": (*_arm("dr_grpo", "fixed"), "grpo.loss_type=dr_grpo"),
+    "gdpo": _arm("gdpo", "fixed"),
+    "static": _arm(rule="fixed"),
+    "dynamic": _arm(),
+    "variance": _arm(rule="variance"),
+    "covariance": _arm(rule="covariance"),
+    "agreement": _arm(rule="agreement"),
+    "random": _arm(combination="random"),
+    **{name: _arm(combination=name) for name in COMBINED if name != "dual_cone"},
+    "orthogonal": _arm(combination="dual_cone"),
+    **{
+        f"{name}_retention": _arm(combination=name, retention=4)
+        for name in COMBINED
+        if name != "dual_cone"
+    },
+    "full": _arm(combination="dual_cone", retention=4),
 }
-SHOWN = {
-    "domain": "domain",
-    "domain_lenient": "leniently",
-    "reasoning": "reasoning",
-    "instruction": "instructions",
-    "instruction_unseen": "unseen kinds",
-}
+MAIN = "averaging,grpo,gdpo,static,dynamic,full"
+# Two arms, two seeds and a quarter of the steps: what a workshop has time for.
+QUICK = {"arms": "grpo,full", "seeds": "0,1", "set": ["grpo.steps=15", "grpo.save_steps=15"]}
+
+
+class Row(NamedTuple):
+    """One run of a study; `shared` is the run whose SFT it goes on from, None: its own."""
+
+    folder: Path
+    seed: int
+    overrides: tuple[str, ...]
+    shared: Path | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
         description="Arms of the method over seeds; a study that was cut off goes on.",
     )
     p.add_argument("--preset", default="pocket", choices=config.PRESETS)
-    p.add_argument("--arms", default="grpo,gdpo,static,full", help=f"of {', '.join(ARMS)}")
+    p.add_argument("--arms", default=MAIN, help=f"of {', '.join(ARMS)} (default: {MAIN})")
     p.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
+    p.add_argument("--quick", action="store_true", help="two arms, two seeds, 15 GRPO steps")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/study-PRESET")
     p.add_argument("--probe", type=int, default=0, metavar="N", help="noise, on N prompts a seed")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every arm")
@@ -69,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.quick:
+        args.arms, args.seeds = QUICK["arms"], QUICK["seeds"]
+        args.set = [*QUICK["set"], *args.set]
     arms = args.arms.split(",")
     for arm in arms:
         if arm not in ARMS:
@@ -76,15 +105,14 @@ def _main(args: argparse.Namespace) -> int:
     if not all(seed.isdecimal() for seed in args.seeds.split(",")):
         raise InputError(f"--seeds {args.seeds}: whole numbers with commas, as 0,1,2")
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    out = args.out or Path("runs") / f"study-{args.preset}"
+    out = args.out or Path("runs") / f"study-{args.preset}{'-quick' if args.quick else ''}"
     if not args.table:
-        for seed in seeds:
-            shared = out / f"sft-{seed}"
-            _train(args, seed, ("grpo.steps=0",), shared)
-            if args.probe:
-                _probe(args, shared)
-            for arm in arms:
-                _train(args, seed, ARMS[arm], out / f"{arm}-{seed}", shared)
+        rows = schedule(arms, seeds, out)
+        print(plan(args, rows), flush=True)
+        for row in rows:
+            _train(args, row)
+            if args.probe and row.folder.name == f"sft-{row.seed}":
+                _probe(args, row.folder)
     names = [f"{arm}-{seed}" for arm in arms for seed in seeds]
     there = [name for name in names if _evaluated(out / name)]
     if missing := [name for name in names if name not in there]:
@@ -94,32 +122,62 @@ def _main(args: argparse.Namespace) -> int:
         found = recorded.pack([out / name for name in shared + there])
         if args.record:
             files.write_bytes(args.record, recorded.text(found).encode())
-        print(table(found))
+        print("\n\n".join(make(found) for make in comparison.BLOCKS.values()))
     return 0
 
 
-def _train(
-    args: argparse.Namespace,
-    seed: int,
-    arm: Sequence[str],
-    folder: Path,
-    shared: Path | None = None,
-) -> None:
-    """One run in a process of its own, so that no arm sees what another left in memory.
+def schedule(arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Row]:
+    """The runs of a study in their order.
 
-    With `shared`, it goes on from the SFT of that run.
+    >>> [(r.folder.name, r.shared) for r in schedule(["grpo"], [7], Path("runs"))]
+    [('sft-7', None), ('grpo-7', PosixPath('runs/sft-7'))]
     """
-    overrides = [*args.set, *arm, f"run.seed={seed}"]
+    rows = []
+    for seed in seeds:
+        first = out / f"sft-{seed}"
+        rows.append(Row(first, seed, ("grpo.steps=0",), None))
+        for arm in arms:
+            own = any(item.startswith("sft.") for item in ARMS[arm])
+            rows.append(Row(out / f"{arm}-{seed}", seed, ARMS[arm], None if own else first))
+    return rows
+
+
+def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+    """What is to be run, what of it is there, and about how long the rest takes."""
+    left = [row for row in rows if not _evaluated(row.folder)]
+    spent = 0.0
+    for row in left:
+        settings = config.load(args.preset, None, _overrides(args, row))
+        stages = ("grpo",) if row.shared else ("sft", "grpo")
+        one = minutes.estimate(args.preset, settings, ("evaluate",)).get("evaluate", 0.0)
+        evaluations = 1 if row.shared else 2
+        evaluated = 1 + bool(settings.sft.steps) + bool(settings.grpo.steps)
+        spent += sum(minutes.estimate(args.preset, settings, stages).values())
+        spent += one * evaluations / evaluated
+    if not left:
+        return f"{len(rows)} runs, all there"
+    names = ", ".join(row.folder.name for row in left)
+    time = f"about {spent:.0f} minutes on 2 idle cores" if spent else "minutes not known"
+    return f"{len(rows)} runs, {len(left)} to do ({time}): {names}"
+
+
+def _overrides(args: argparse.Namespace, row: Row) -> list[str]:
+    return [*args.set, *row.overrides, f"run.seed={row.seed}"]
+
+
+def _train(args: argparse.Namespace, row: Row) -> None:
+    """One run in a process of its own, so that no arm sees what another left in memory."""
+    folder, overrides = row.folder, _overrides(args, row)
     words = ["python", "-m", "bbkit.train", "--preset", args.preset, "--out", str(folder)]
     words += [f"--set={item}" for item in overrides]
     words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
     words += ["--offline"] if args.offline else []
     settings = config.to_dict(config.load(args.preset, None, overrides))
-    if not (folder / "run.json").exists() and shared:
-        fork(shared, folder, settings, words)
+    if not (folder / "run.json").exists() and row.shared:
+        fork(row.shared, folder, settings, words)
     elif (folder / "run.json").exists():
         manifest = files.read_json(folder / "run.json")
-        if change := record.first_difference(manifest["settings"], files.plain(settings)):
+        if change := _other(manifest["settings"], settings):
             raise InputError(f"{folder}: {change}; undo it or use another --out")
         if manifest["status"] == "done":
             return
@@ -153,8 +211,21 @@ def _run(words: Sequence[str], folder: Path) -> None:
 
 
 def _evaluated(folder: Path) -> bool:
-    manifest = folder / "run.json"
-    return manifest.exists() and "evaluate grpo" in files.read_json(manifest)["stages"]
+    """Whether the last model of a run was evaluated."""
+    if not (folder / "run.json").exists():
+        return False
+    manifest = files.read_json(folder / "run.json")
+    last = "grpo" if manifest["settings"]["grpo"]["steps"] else "sft"
+    return f"evaluate {last}" in manifest["stages"]
+
+
+def _other(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first setting in which a run differs; the number of threads moves last bits alone."""
+    theirs, ours = (
+        {**kept, "run": {k: v for k, v in kept["run"].items() if k != "threads"}}
+        for kept in (theirs, files.plain(ours))
+    )
+    return record.first_difference(theirs, ours)
 
 
 def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Sequence[str]) -> None:
@@ -163,10 +234,7 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
     Raises InputError where other settings than `grpo`'s differ: then the SFT would be another one.
     """
     manifest = files.read_json(source / "run.json")
-    theirs, ours = dict(manifest["settings"]), dict(files.plain(settings))
-    for kept in (theirs, ours):
-        kept.pop("grpo")
-    if change := record.first_difference(theirs, ours):
+    if change := _other(manifest["settings"], {**settings, "grpo": manifest["settings"]["grpo"]}):
         raise InputError(f"{source}: cannot go on from its SFT, {change}")
     half = target.with_name(f".{target.name}")
     shutil.rmtree(half, ignore_errors=True)
@@ -179,78 +247,6 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
         manifest |= {"forked_from": source.name, "command": shlex.join(command)}
         files.write_json(half / "run.json", manifest)
         half.rename(target)
-
-
-def table(kept: Mapping[str, Any]) -> str:
-    """Results of all arms of a record (bbkit.recorded) as one table; changes are to the first arm.
-
-    Intervals are over diseases and prompts; what the seed of the training does is shown by each
-    seed's own change.
-    """
-    from bbkit import evaluate
-
-    names: dict[str, list[str]] = {}
-    for name, run in kept["runs"].items():
-        if run["from"]:
-            names.setdefault(name.rpartition("-")[0], []).append(name)
-    each = {arm: [recorded.unpack(kept, n) for n in runs] for arm, runs in names.items()}
-    rows = {arm: report.merged(runs) for arm, runs in each.items()}
-    found = {arm: report.summed(pooled) for arm, pooled in rows.items()}
-    first = next(iter(rows))
-    head = ["%", *SHOWN.values(), "tax", "KL, questions", "KL, instructions", "gradient noise"]
-    lines = [head]
-    shared = found[first]
-    for name, stage in (("base", "base"), ("SFT", "sft")) if "sft" in shared else ():
-        lines.append([name, *_cells(shared, stage), ""])
-    for arm, results in found.items():
-        lines.append([arm, *_cells(results, "grpo"), noise_cell(kept, names[arm])])
-    for arm in list(rows)[1:]:
-        change = evaluate.difference(rows[first]["grpo"], rows[arm]["grpo"])
-        seeds = [
-            evaluate.difference(a["grpo"], b["grpo"], 1)
-            for a, b in zip(each[first], each[arm], strict=False)
-        ]
-        cells = [
-            f"{report.change_cell(change[name])}; seeds "
-            + " ".join(f"{100 * seed[name]['value']:+.0f}" for seed in seeds)
-            for name in SHOWN
-            if name in change
-        ]
-        lines.append([f"{arm} − {first}", *cells, "", "", "", ""])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cells(results: Mapping[str, Any], stage: str) -> list[str]:
-    cells = [report.cell(results[stage].get(name)) for name in SHOWN]
-    lost = results["difference"].get(f"{stage}-base", {}).get("instruction")
-    cells.append(report.change_cell(lost, sign=-1))
-    for key in (stage, f"{stage}_instruction"):
-        told = results["kl"].get(key)
-        cells.append(f"{told['value']:.3f}" if told else "")
-    return cells
-
-
-def noise_cell(kept: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Noise to signal of an arm's gradient over GRPO's at the same SFT, geometric mean over seeds.
-
-    As the probe of the runs that the arms were forked from has it; empty where one has none, or
-    shows no signal beyond the noise.
-    """
-    logs, errors = [], []
-    for run in (kept["runs"][name] for name in names):
-        section = run["grpo"]
-        combined = "" if section["combination"] == "sum" else f" + {section['combination']}"
-        noise = kept["runs"][run["from"]]["noise"] or {}
-        row = noise.get(section["advantages"] + combined)
-        if not row or None in (row["ratio"], *row["interval"]):
-            return ""
-        logs.append(math.log(row["ratio"]))
-        errors.append(math.log(row["interval"][1] / row["interval"][0]) / 2)
-    middle = sum(logs) / len(logs)
-    half = math.sqrt(sum(e**2 for e in errors)) / len(logs)
-    low, high = math.exp(middle - half), math.exp(middle + half)
-    return f"{math.exp(middle):.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     settings = config.load(preset, args.config, overrides)
     go_private(args.offline or settings.model.name == "pocket")
     if args.dry_run:
-        return _dry_run(settings, args.offline, args.card)
+        return _dry_run(preset, settings, stages, args.offline, args.card)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
     processes.join()
     resume = record.resolve_resume(args.resume, out)
@@ -221,6 +221,8 @@ def execute(
                     model, tokenizer, order, settings, adapter.parent, [hooks], kept
                 )
             hooks.train(trainer)
+            if stage == "sft":
+                adapters.average_with_base(model, section.averaging)
             if run.writes:
                 adapters.save_adapter(model, adapter)
             run.done(stage, seconds=hooks.seconds, peak_gib=round(record.peak_bytes() / 2**30, 2))
@@ -285,11 +287,13 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     run.done(f"evaluate {stage}", seconds=time.perf_counter() - began)
 
 
-def _dry_run(settings: Settings, offline: bool, card: float | None) -> int:
-    """Print the resolved settings, what the run would do, and whether it fits in memory."""
+def _dry_run(
+    preset: str, settings: Settings, stages: Sequence[str], offline: bool, card: float | None
+) -> int:
+    """Print the resolved settings, what the run would do, how long, and whether it fits."""
     import torch
 
-    from bbkit import memory, models
+    from bbkit import memory, minutes, models
 
     print(config.to_yaml(settings))
     s, g = settings.sft, settings.grpo
@@ -300,13 +304,17 @@ def _dry_run(settings: Settings, offline: bool, card: float | None) -> int:
     else:
         dtype, device = models.choose_dtype(settings.model, say=lambda line: None)
         kind, room = device.type, memory.free_bytes(device)
-    need = memory.plan(settings, dtype, kind, offline)
+    planned = memory.plan(settings, dtype, kind, offline)
+    need = {stage: parts for stage, parts in planned.items() if stage in stages} or planned
     tokens = g.steps * g.prompts * g.generations * g.max_completion_length
-    print(f"sft   {s.steps} steps of {s.batch_size} sequences")
-    print(
-        f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
-        f"at most {tokens:,} new tokens"
-    )
+    if "sft" in stages:
+        print(f"sft   {s.steps} steps of {s.batch_size} sequences")
+    if "grpo" in stages:
+        print(
+            f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
+            f"at most {tokens:,} new tokens"
+        )
+    print(minutes.said(preset, minutes.estimate(preset, settings, stages)))
     for stage, parts in need.items():
         *rest, (_, peak) = parts.items()
         split = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in rest)

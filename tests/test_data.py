@@ -665,6 +665,8 @@ def test_real_mmlu_subjects_and_its_repeated_questions(data_dir):
     rows = real(data_dir, "mmlu_medical", "test")
     assert Counter(e.entity for e in rows) == SUBJECTS
     assert len({(e.question, e.options) for e in rows}) == 1011  # 78 stand in two subjects
+    spaced = [e.id for e in rows if any(o != o.strip() for o in e.options)]
+    assert spaced == ["college_medicine-141"]  # as published, and as lm-eval scores it
 
 
 def test_real_ifeval_instructions(data_dir):

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from bbkit import config, recorded, study
+from bbkit import comparison, config, recorded, study
 from bbkit.config import InputError
 from bbkit.files import read_json, read_rows
 
@@ -60,33 +61,21 @@ def test_an_arm_alone_is_the_same_run(made, tmp_path):
 
 def test_again_only_the_table_is_made(made, capsys):
     assert study.main(["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    said, _, table = capsys.readouterr().out.strip().partition("\n")
+    assert said == "3 runs, all there"
+    lines = table.partition("\n\n")[0].splitlines()
     assert [line.split("|")[1].strip() for line in lines] == [
-        "%", "---", "base", "SFT", "grpo", "full", "full − grpo",
+        "%", "---", "base", "sft", "grpo", "full",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
-
-
-def test_the_noise_of_each_arms_scheme_is_beside_it(made, tmp_path):
-    runs = {}
-    for seed, ratio in ((0, 0.5), (1, 2.0), (2, None)):
-        row = {"ratio": ratio, "interval": [ratio / 2, ratio * 2] if ratio else [None, None]}
-        runs[f"sft-{seed}"] = {"noise": {"capability + dual_cone": row, "gdpo": row}}
-        section = {"advantages": "capability", "combination": "dual_cone"}
-        runs[f"full-{seed}"] = {"from": f"sft-{seed}", "grpo": section}
-    kept = {"runs": runs}
-    cell = study.noise_cell(kept, ["full-0", "full-1"])
-    assert cell == "1.00 [0.61, 1.63]"  # half of the log interval: log 2 / √2
-    assert study.noise_cell(kept, ["full-0", "full-2"]) == ""  # no signal beyond the noise
-    runs["sft-0"]["noise"] = None
-    assert study.noise_cell(kept, ["full-0"]) == ""  # not probed
 
 
 def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
     words = ["--table", "--arms", "grpo,full", "--seeds", "0", "--out", str(made)]
     assert study.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
-    assert study.table(kept) == capsys.readouterr().out.strip()
+    told = "\n\n".join(make(kept) for make in comparison.BLOCKS.values())
+    assert told == capsys.readouterr().out.strip()
     assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
     assert "reply" not in (tmp_path / "study.json").read_text()
     rows = read_rows(made / "full-0" / "evaluation" / "grpo.jsonl")
@@ -96,14 +85,6 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
         assert all(ours[name] == row[name] for name in recorded.ITEM)
         known = {k: v for k, v in row["scores"].items() if v is not None}
         assert ours["scores"] == pytest.approx(known, rel=1e-3)
-
-
-def test_the_readmes_table_is_that_of_the_recorded_study():
-    """Stale? python -m bbkit.study --table --record notebooks/recorded/pocket.json prints it."""
-    root = Path(__file__).parents[1]
-    text = (root / "README.md").read_text()
-    shown = text.partition("<!-- table: study -->\n")[2].partition("\n\n")[0]
-    assert shown == study.table(read_json(root / "notebooks" / "recorded" / "pocket.json"))
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
@@ -146,7 +127,7 @@ def test_another_sft_is_not_carried_over(made, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--arms", "grpo,ful"], "no arm 'ful'; use grpo"),
+        (["--arms", "grpo,ful"], "no arm 'ful'; use averaging"),
         (["--seeds", "0,a"], "--seeds 0,a"),
     ],
 )
@@ -154,6 +135,30 @@ def test_bad_input_is_one_line(words, said, capsys):
     assert study.main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_an_arm_with_an_sft_of_its_own_is_in_the_table(made, capsys):
+    words = ["--arms", "grpo,averaging", "--seeds", "0", "--out", str(made), *TINY]
+    assert study.main(words) == 0
+    out = capsys.readouterr().out
+    assert "3 runs, 1 to do" in out and "averaging-0\n" in out
+    assert "| averaging | 1 |" in out
+    file = "sft/adapter/adapter_model.safetensors"
+    tuned, mean = (load_file(made / name / file) for name in ("sft-0", "averaging-0"))
+    for name, tensor in tuned.items():
+        assert mean[name].equal(tensor * (0.5 if ".lora_B." in name else 1.0))
+
+
+def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        study, "_train", lambda args, row: asked.append((row.folder.name, args.set))
+    )
+    assert study.main(["--quick", "--out", str(tmp_path), "--set", "run.threads=1"]) == 0
+    assert [name for name, _ in asked] == ["sft-0", "grpo-0", "full-0", "sft-1", "grpo-1", "full-1"]
+    assert asked[0][1] == ["grpo.steps=15", "grpo.save_steps=15", "run.threads=1"]
+    minutes = int(re.search(r"6 to do \(about (\d+) minutes", capsys.readouterr().out)[1])
+    assert minutes < 15
 
 
 def test_every_arm_resolves():

@@ -1,0 +1,65 @@
+"""How long a run takes on a CPU, from runs that were recorded: said before it starts.
+
+Serves no claim. Seconds grow with the sequences of a stage and with the tokens that an evaluation
+may write; another machine, longer texts or other work on this one change them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bbkit.config import Settings
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one sequence of SFT, of one completion of GRPO (drawn, scored, trained on), of one
+    token that a held-out reply may take; and the prompts held out where the settings take all."""
+
+    sft: float
+    grpo: float
+    token: float
+    held_out: int
+
+
+# 2 hyperthreads of a Xeon at 2.1 GHz; README's runs of these presets (commits f603c8e and d6dc6e8).
+RECORDED = {
+    "pocket": Pace(49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586),
+    "smollm2-cpu": Pace(693 / (24 * 8), 2857 / (20 * 16), 877 / (80 * 128 + 100 * 256), 800),
+}
+STAGES = ("sft", "grpo", "evaluate")
+
+
+def estimate(
+    preset: str | None, settings: Settings, stages: Sequence[str] = STAGES
+) -> dict[str, float]:
+    """Minutes of each stage, {} for a preset of which no run is recorded.
+
+    >>> from bbkit import config
+    >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket")).items()}
+    {'sft': 0.8, 'grpo': 6.3, 'evaluate': 0.3}
+    """
+    pace = RECORDED.get(preset or "")
+    if not pace:
+        return {}
+    s, g, e = settings.sft, settings.grpo, settings.evaluation
+    asked = e.questions + e.instructions if e.questions and e.instructions else pace.held_out
+    evaluations = 1 + bool(s.steps) + bool(g.steps)
+    seconds = {
+        "sft": s.steps * s.batch_size * pace.sft,
+        "grpo": g.steps * g.prompts * g.generations * pace.grpo,
+        "evaluate": evaluations * pace.token
+        * (asked * e.max_new_tokens + e.ifeval * e.ifeval_tokens),
+    }  # fmt: skip
+    return {stage: seconds[stage] / 60 for stage in STAGES if stage in stages}
+
+
+def said(preset: str | None, minutes: dict[str, float]) -> str:
+    """The estimate as a line.
+
+    >>> said("t4", {})
+    'minutes: not known, no run of preset t4 is recorded'
+    """
+    if not minutes:
+        return f"minutes: not known, no run of preset {preset} is recorded"
+    parts = ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items())
+    return f"minutes: about {sum(minutes.values()):.0f} on 2 idle cores ({parts})"
