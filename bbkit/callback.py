@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from bbkit import files, health, processes, record
 from bbkit.config import Settings, Unhealthy
@@ -45,6 +45,7 @@ class Recorder(TrainerCallback):
             print(f"{self.stage}: going on from step {start}")
         self.run.truncate(self.stage, start)
         self.trainer, self.saved = trainer, time.monotonic()
+        trainer.remove_callback(PrinterCallback)  # a dict a step; the bar and metrics.jsonl say it
         kept = files.read_rows(self.run.folder / "metrics.jsonl")
         self.rows = [row for row in kept if row["stage"] == self.stage]
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -143,6 +143,7 @@ def build(
         top_p=section.top_p,
         beta=section.beta,
         epsilon=section.epsilon,
+        epsilon_high=section.epsilon,  # unsloth would make it 0.28 with dapo
         loss_type=section.loss_type,
         scale_rewards="none",  # the advantages are capability_aware's
         multi_objective_aggregation="sum_then_normalize",

@@ -1,10 +1,13 @@
 """What the kit relies on in the pinned unsloth, read from its source: there is no GPU to run it on.
 
-Each entry of RELIED says what must be there and why. The pin is the one of pyproject's `gpu`.
+Each entry of RELIED says what must be there and why. The pin is the one of pyproject's `gpu`. The
+slow test takes unsloth's rewritten GRPO trainer through two steps on the CPU, beside TRL's own.
 """
 
 import ast
 import dataclasses
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -44,6 +47,7 @@ RELIED = [
     (LLAMA, 'and bias == "none"', "the other condition of the fused path"),
     (LOADER, 'kwargs.get("local_files_only", False)', "nothing is fetched behind our back"),
     (RL, '"loss_type": "nll"', "SFT's loss is the plain one, as we set it"),
+    (RL, "if epsilon_high is None:", "with dapo it would be 0.28; the kit says what it is"),
 ]
 # Fields that unsloth changes and that no run of ours reads, with the reason.
 IDLE = {
@@ -169,3 +173,70 @@ def test_a_renamed_name_is_noticed(source, tmp_path, file, old, new):
         assert broken(copy) == []
     else:
         assert broken(copy)
+
+
+TWO_STEPS = """
+import json, sys, tempfile
+from pathlib import Path
+if sys.argv[1] == "unsloth":
+    import unsloth
+    from unsloth.models import rl  # asked by hand: UNSLOTH_ALLOW_CPU leaves TRL as it is
+    for name in ("grpo_trainer", "sft_trainer"):
+        rl._patch_trl_rl_trainers(name)
+from bbkit import adapters, config, grpo, models, sft, train
+settings = config.load("pocket", None, [
+    "sft.steps=12", "sft.batch_size=16", "sft.micro_batch_size=16", "grpo.steps=2",
+    "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=8", "run.threads=1",
+    "grpo.advantages=capability", "grpo.combination=dual_cone"])
+rows = train.load_rows(settings, None)
+model, tokenizer = models.load(settings.model)
+model = adapters.add_lora(model, settings.model, 0)
+model.for_training = lambda *_, **__: model.train()  # as FastLanguageModel's models have them
+model.for_inference = lambda *_, **__: model.eval()
+asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
+order = grpo.schedule(asked, general, 2, 4, 0.25, 0)
+with tempfile.TemporaryDirectory() as folder:
+    sft.build(model, tokenizer, rows["sft"], settings, Path(folder, "sft")).train()
+    trainer = grpo.build(model, tokenizer, order, settings, Path(folder, "grpo"))
+    trainer.train()
+log = [row for row in trainer.state.log_history if "loss" in row]
+found = {"engine": trainer.gradient_engine, "log": log}
+found["classes"] = [kind.__name__ for kind in type(trainer).__mro__]
+Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path):
+    """SFT, then GRPO with a gradient per capability; the model is transformers', the trainers not.
+
+    unsloth's patched LoRA layers bypass the modules, so that the replay engine has to step in.
+    """
+    zoo = [name.replace("unsloth==", "unsloth_zoo==") for name in pinned()]
+    others = ["triton", "cut_cross_entropy", "tyro", "hf_transfer", "msgspec"]
+    packages = tmp_path / "packages"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
+    done = subprocess.run([*command, *pinned(), *zoo, *others], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot install unsloth: {done.stderr.strip()[-200:]}")
+    found = {}
+    for kind in ("trl", "unsloth"):
+        paths = [str(packages)] if kind == "unsloth" else []
+        switches = ("UNSLOTH_ALLOW_CPU", "UNSLOTH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+        environment = {**os.environ, **dict.fromkeys(switches, "1")}
+        root = str(Path(sft.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join([root, *paths])
+        out = tmp_path / f"{kind}.json"
+        run = subprocess.run(
+            [sys.executable, "-c", TWO_STEPS, kind, str(out)], cwd=tmp_path, env=environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert "we will set it" not in run.stdout, "unsloth changed a field that the kit left open"
+        found[kind] = json.loads(out.read_text())
+    assert "UnslothGRPOTrainer" in found["unsloth"]["classes"]
+    assert [found[kind]["engine"] for kind in ("trl", "unsloth")] == ["one_pass", "replay"]
+    names = [k for k in found["trl"]["log"][0] if k.startswith(("gradient_norm/", "reward", "sig"))]
+    for ours, theirs in zip(found["trl"]["log"], found["unsloth"]["log"], strict=True):
+        for name in (*names, "loss"):
+            assert theirs[name] == pytest.approx(ours[name], rel=0.01, abs=1e-3), name
