@@ -19,7 +19,7 @@ def test_parts_of_the_pocket_run_by_hand():
     assert found["optimiser"] == 8 * sizes["lora_parameters"]
     assert found["gradients"] == 4 * sizes["lora_parameters"]
     vocabulary = 4096
-    assert found["logits"] == memory.LOGITS * 4 * (4 * 100) * vocabulary
+    assert found["logits"] == memory.LOGIT[4] * (4 * 100) * vocabulary
     assert found["peak"] == sum(v for k, v in found.items() if k not in ("peak", "kv_cache"))
 
 
@@ -95,3 +95,30 @@ def test_dry_run_names_the_card(card, said, capsys):
     out = capsys.readouterr().out
     assert said in out and f"of {float(card):.1f} GB card" in out
     assert "memory sft:" in out and "memory grpo:" in out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "published"), [(1024, 6), (2048, 7), (4096, 9), (8192, 12), (16384, 19)]
+)
+def test_the_plan_is_near_what_others_publish(tokens, published, monkeypatch):
+    """QLoRA of LLaMA2-7B, rank 8, one sequence, FlashAttention 2, A100: whole GB, as stated.
+
+    github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison, "4 bit, all modules".
+    """
+    llama2 = (4096, 32, 32, 32, 11008, 32000, False)
+    monkeypatch.setitem(memory.PUBLISHED, "meta-llama/Llama-2-7b-hf", llama2)
+    asked = {
+        "model.name": "meta-llama/Llama-2-7b-hf", "model.max_length": tokens, "model.lora_rank": 8,
+        "sft.micro_batch_size": 1,
+    }  # fmt: skip
+    settings = config.load("24gb", overrides=[f"{k}={v}" for k, v in asked.items()])
+    found = memory.plan(settings, torch.bfloat16, "cuda", offline=True)["sft"]["peak"]
+    assert found == pytest.approx(published * 1e9, rel=0.1)
+
+
+@pytest.mark.parametrize(("preset", "card"), [("t4", 16), ("24gb", 24), ("paper", 24)])
+def test_a_preset_fits_the_card_that_it_is_for(preset, card):
+    settings = config.load(preset)
+    dtype = getattr(torch, settings.model.dtype)
+    found = memory.plan(settings, dtype, "cuda", offline=True)
+    assert max(stage["peak"] for stage in found.values()) < 0.95 * card * 1e9
