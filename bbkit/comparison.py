@@ -52,6 +52,12 @@ def last(rows: Rows) -> Sequence[Mapping]:
     return rows["grpo"] if "grpo" in rows else rows["sft"]
 
 
+def models(found: Mapping[str, Mapping[int, Rows]]) -> dict[str, list[Sequence[Mapping]]]:
+    """Item rows of each seed's last model, by arm; `base` is the untrained one."""
+    rows: dict[str, list[Sequence[Mapping]]] = {"base": [r["base"] for r in found["sft"].values()]}
+    return rows | {arm: [last(r) for r in seeds.values()] for arm, seeds in found.items()}
+
+
 def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     """Every measure of one arm: its mean, and the means of `count` resamples of seeds and clusters.
 
@@ -134,9 +140,7 @@ def table(kept: Mapping[str, Any]) -> str:
     found = arms(kept)
     lines = [["%", "seeds", *SHOWN.values(), *KL.values(), "gradient noise"]]
     lines.append(["---"] * len(lines[0]))
-    runs: dict[str, list] = {"base": [rows["base"] for rows in found["sft"].values()]}
-    runs |= {arm: [last(rows) for rows in by_seed.values()] for arm, by_seed in found.items()}
-    for arm, rows in runs.items():
+    for arm, rows in models(found).items():
         known = draws(rows)
         cells = [report.cell(told(known[m])) if m in known else "" for m in SHOWN]
         cells += [f"{known[k][0]:.3f}" if k in known else "" for k in KL]
@@ -326,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bbkit.comparison", description=main.__doc__)
     p.add_argument("records", nargs="+", type=Path, metavar="RECORD", help="JSON of bbkit.study")
     p.add_argument("--write", type=Path, metavar="FILE", help="such as README.md")
+    p.add_argument("--figures", type=Path, metavar="DIR", help="draw RECORD's figures there")
     args = p.parse_args(argv)
     return config.exit_code(lambda: _main(args))
 
@@ -340,7 +345,12 @@ def _main(args: argparse.Namespace) -> int:
         if not {"items", "runs"} <= set(kept):
             raise InputError(f"{path}: not a record; python -m bbkit.study --record writes one")
         text = filled(text, kept, path.stem)
-        if not args.write:
+        if args.figures:
+            from bbkit import plots, studyplots
+
+            made = {f"{path.stem}_{n}": draw(kept) for n, draw in studyplots.FIGURES.items()}
+            plots.save(args.figures, made)
+        elif not args.write:
             print("\n\n".join(make(kept) for make in BLOCKS.values()))
     if args.write:
         files.write_bytes(args.write, text.encode())

@@ -222,7 +222,7 @@ def save(folder: Path, figures: Mapping[str, "Figure | None"]) -> dict[str, str]
     captions = {}
     for name, figure in figures.items():
         if figure is not None:
-            (folder / "figures").mkdir(exist_ok=True)
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
             image = io.BytesIO()
             figure.savefig(image, dpi=150)
             write_bytes(folder / "figures" / f"{name}.png", image.getvalue())

@@ -328,6 +328,16 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
 # Two processes, and kill -9
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone")
+def test_a_peak_is_counted_from_where_it_was_forgotten():
+    large = bytearray(200_000_000)
+    assert record.peak_bytes() > len(large)
+    before = record.peak_bytes()
+    del large
+    record.forget_peak()
+    assert record.peak_bytes() < before - 150_000_000
+
+
 def test_a_small_process_started_by_a_large_one_has_a_small_peak():
     """Linux' rusage hands the parent's peak on: all figures of a benchmark would be the same."""
     code = (

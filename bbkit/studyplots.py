@@ -1,0 +1,145 @@
+"""Figures of a recorded study: the front, forgetting against distance, what training logged.
+
+Serves the claims ledger: `python -m bbkit.comparison RECORD --figures DIR` draws them. One colour
+an arm throughout (Okabe and Ito's, then markers); bars are 95 % intervals over seeds and prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from bbkit import comparison
+from bbkit.plots import captioned, color, new_figure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "oDs^vP*X"
+LEVELS = (0.2, 0.4, 0.6)  # hypervolume, drawn as lines of equal product
+
+
+def style(arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each arm; the untrained model and SFT are grey."""
+    found: dict[str, dict[str, Any]] = {"base": {"color": "#777777", "marker": "o"}}
+    found["sft"] = {"color": "#777777", "marker": "s"}
+    for i, arm in enumerate(a for a in arms if a not in found):
+        found[arm] = {"color": COLORS[i % 7], "marker": MARKERS[(i // 7 + i) % 8]}
+    return found
+
+
+def front(kept: Mapping[str, Any]) -> Figure:
+    """Domain accuracy against general instruction following, an arm a mark, its seeds small."""
+    import numpy as np
+
+    found = comparison.arms(kept)
+    styles = style(found)
+    figure, axis = new_figure(7.2, 5.2)
+    best, most = "", 0.0
+    for arm, rows in comparison.models(found).items():
+        drawn = comparison.draws(rows)
+        (x, *xs), (y, *ys) = (percent(comparison.told(drawn[m])) for m in ("general", "domain"))
+        bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
+        kind = styles[arm]
+        axis.errorbar(x, y, **bars, color=kind["color"], alpha=0.45, lw=1, capsize=2)
+        axis.plot(x, y, kind["marker"], color=kind["color"], ms=9, label=arm, zorder=5)
+        for row in rows:
+            one = comparison.draws([row], 0)
+            small = 100 * one["general"][0], 100 * one["domain"][0]
+            axis.plot(*small, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
+        if x * y > most:
+            best, most = arm, x * y
+    low = axis.get_xlim()[0]
+    for level in LEVELS:
+        line = np.linspace(max(low, 100 * level), 100, 50)
+        axis.plot(line, 1e4 * level / line, ":", color="#999999", lw=1)
+        axis.text(100, 100 * level, f" {100 * level:.0f}", va="center", fontsize=8, color="#777777")
+    axis.set(xlim=(low, 100), ylim=(-3, 100))
+    axis.set_xlabel("general instruction following, held out (%)", color=color("instruction"))
+    axis.set_ylabel("domain accuracy, held out (%)", color=color("domain"))
+    axis.legend(ncols=2, frameon=False, loc="lower left", fontsize=8.5)
+    return captioned(
+        figure,
+        "Every arm's last model; small marks are single seeds, dotted lines equal hypervolume. "
+        f"Up and right is better. Notice how the intervals of the arms overlap: {best} has the "
+        f"largest hypervolume, {most / 100:.0f} %, by less than they are wide.",
+    )
+
+
+def forgetting(kept: Mapping[str, Any]) -> Figure | None:
+    """General instruction following lost against KL to the base, a run a mark."""
+    found = comparison.arms(kept)
+    styles, per_nat = style(found), comparison.slope(found)
+    figure, axis = new_figure(7.2, 4.4)
+    farthest = 0.0
+    for arm, by_seed in found.items():
+        for n, rows in enumerate(by_seed.values()):
+            tuned, base = (comparison.draws([r], 0) for r in (comparison.last(rows), rows["base"]))
+            if "kl_instruction" not in tuned or "general" not in tuned:
+                return None
+            x, kind = float(tuned["kl_instruction"][0]), styles[arm]
+            lost = 100 * float(base["general"][0] - tuned["general"][0])
+            name = {} if n else {"label": arm}
+            axis.plot(x, lost, kind["marker"], color=kind["color"], ms=7, **name)
+            farthest = max(farthest, x)
+    axis.plot([0, farthest], [0, -100 * per_nat * farthest], "--", color="#777777", lw=1)
+    axis.axhline(0, color="#999999", lw=0.8)
+    axis.set(xlabel="KL to the base on instructions (nats a token)", xlim=(0, None))
+    axis.set(ylabel="general instruction following lost (points)")
+    axis.legend(ncols=2, frameon=False, fontsize=8.5)
+    return captioned(
+        figure,
+        "What each run forgot against how far it went from the base; the dashed line is the least "
+        f"squares fit through 0, {-100 * per_nat:.0f} points a nat. Below the line less is "
+        "forgotten than the distance lets expect.",
+    )
+
+
+def steps(kept: Mapping[str, Any], arms: tuple[str, ...] = ("grpo", "full")) -> Figure | None:
+    """Rewards, weights and cosines of arms over GRPO's steps, means over seeds."""
+    runs = {
+        arm: [r for name, r in kept["runs"].items() if name.rpartition("-")[0] == arm and r["log"]]
+        for arm in arms
+    }
+    if not all(runs.values()):
+        return None
+    figure, axes = new_figure(7.2, 5.6, 3, 1, sharex=True)
+    for arm, line in zip(arms, ("--", "-"), strict=True):
+        for axis, part in zip(axes, ("reward", "weight", "cosine"), strict=True):
+            for key in sorted({k for r in runs[arm] for k in r["log"] if k.startswith(f"{part}/")}):
+                pair = key.split("/")[1:]
+                if part == "cosine" and pair != ["domain", "reasoning"] and pair[-1] != "format":
+                    continue
+                label = f"{arm}, {' and '.join(pair)}" if part != "cosine" or arm == "full" else ""
+                _mean(
+                    axis, [r["log"][key] for r in runs[arm] if key in r["log"]], pair, line, label
+                )
+    for axis, name in zip(axes, ("mean reward", "weight", "cosine of gradients"), strict=True):
+        axis.set(ylabel=name)
+    axes[0].legend(ncols=2, frameon=False, fontsize=7.5)
+    axes[-1].axhline(0, color="#999999", lw=0.8)
+    axes[-1].set(xlabel="GRPO step (optimiser updates)")
+    return captioned(
+        figure,
+        "Training of plain GRPO (dashed) and of the whole method (solid), means over seeds and "
+        "five steps; equal weights lie on one another, a cosine has the colours of its two "
+        "rewards. Notice that the weights of the "
+        "whole method move to what lags, and whether any pair of rewards is opposed for long.",
+    )
+
+
+def _mean(axis: Axes, series: list[list], pair: list[str], line: str, label: str) -> None:
+    """The mean over runs, smoothed over five steps, in the colour of the (first) reward."""
+    rows = [[v for v in column if v is not None] for column in zip(*series, strict=False)]
+    known = [(i + 1, fmean(row)) for i, row in enumerate(rows) if row]
+    smooth = [fmean(v for _, v in known[max(0, j - 5) : j]) for j in range(1, len(known) + 1)]
+    x = [i for i, _ in known]
+    axis.plot(x, smooth, line, color=color(pair[0]), lw=1.8, label=label or None)
+    if len(pair) > 1:
+        axis.plot(x, smooth, color=color(pair[1]), lw=1.8, ls=(0, (2, 2)))
+
+
+FIGURES = {"front": front, "forgetting": forgetting, "steps": steps}
