@@ -138,7 +138,7 @@ def before_after(folder: Path) -> "Figure | None":
             if measure == "domain" and "domain_lenient" in results[stage]:
                 lenient = percent(results[stage]["domain_lenient"])[0]
                 axis.plot(x, lenient, "D", mfc="white", mec="black", ms=6, zorder=5)
-                high = lenient + 2 if abs(lenient - high) < 5 else high  # keep the number clear
+                high = lenient + 2 if -2 < lenient - high < 8 else high  # keep the number clear
             axis.text(x, high + 1.5, f"{value:.0f}", ha="center", fontsize=8)
             axis.text(x, -1.5, STAGES[stage], ha="center", va="top", fontsize=8)
         for name, line in zip(BASELINES, ("-", "--", ":"), strict=True):
