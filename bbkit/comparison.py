@@ -310,7 +310,7 @@ BLOCKS = {"arms": table, "changes": changes, "claims": claims}
 
 
 def filled(text: str, kept: Mapping[str, Any], name: str) -> str:
-    """A Markdown text with its blocks `<!-- NAME arms -->` to `<!-- end -->` made from a record.
+    r"""A Markdown text with its blocks `<!-- NAME arms -->` to `<!-- end -->` made from a record.
 
     >>> filled("a\n<!-- pocket arms -->\nold\n<!-- end -->\nb", {}, "smollm2")
     'a\n<!-- pocket arms -->\nold\n<!-- end -->\nb'
