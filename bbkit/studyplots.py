@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bbkit import comparison
+from bbkit import effects
 from bbkit.plots import captioned, color, new_figure, percent
 
 if TYPE_CHECKING:
@@ -35,19 +35,19 @@ def front(kept: Mapping[str, Any]) -> Figure:
     """Domain accuracy against general instruction following, an arm a mark, its seeds small."""
     import numpy as np
 
-    found = comparison.arms(kept)
+    found = effects.arms(kept)
     styles = style(found)
     figure, axis = new_figure(7.2, 5.2)
     best, most = "", 0.0
-    for arm, rows in comparison.models(found).items():
-        drawn = comparison.draws(rows)
-        (x, *xs), (y, *ys) = (percent(comparison.told(drawn[m])) for m in ("general", "domain"))
+    for arm, rows in effects.models(found).items():
+        drawn = effects.draws(rows)
+        (x, *xs), (y, *ys) = (percent(effects.told(drawn[m])) for m in ("general", "domain"))
         bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
         kind = styles[arm]
         axis.errorbar(x, y, **bars, color=kind["color"], alpha=0.45, lw=1, capsize=2)
         axis.plot(x, y, kind["marker"], color=kind["color"], ms=9, label=arm, zorder=5)
         for row in rows:
-            one = comparison.draws([row], 0)
+            one = effects.draws([row], 0)
             small = 100 * one["general"][0], 100 * one["domain"][0]
             axis.plot(*small, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
         if x * y > most:
@@ -71,13 +71,13 @@ def front(kept: Mapping[str, Any]) -> Figure:
 
 def forgetting(kept: Mapping[str, Any]) -> Figure | None:
     """General instruction following lost against KL to the base, a run a mark."""
-    found = comparison.arms(kept)
-    styles, per_nat = style(found), comparison.slope(found)
+    found = effects.arms(kept)
+    styles, per_nat = style(found), effects.slope(found)
     figure, axis = new_figure(7.2, 4.4)
     farthest = 0.0
     for arm, by_seed in found.items():
         for n, rows in enumerate(by_seed.values()):
-            tuned, base = (comparison.draws([r], 0) for r in (comparison.last(rows), rows["base"]))
+            tuned, base = (effects.draws([r], 0) for r in (effects.last(rows), rows["base"]))
             if "kl_instruction" not in tuned or "general" not in tuned:
                 return None
             x, kind = float(tuned["kl_instruction"][0]), styles[arm]

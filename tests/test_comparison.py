@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bbkit import comparison, recorded, statistics, studyplots
+from bbkit import comparison, effects, recorded, statistics, studyplots
 from bbkit.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_differences_of_arms_are_paired():
     high = [
         [r | {"scores": {k: v + 0.25 for k, v in r["scores"].items()}} for r in run] for run in low
     ]
-    change = comparison.draws(high)["domain"] - comparison.draws(low)["domain"]
+    change = effects.draws(high)["domain"] - effects.draws(low)["domain"]
     assert change == pytest.approx(np.full(2001, 0.25))
 
 
@@ -81,10 +81,10 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have():
     kept = record(
         sft=[((0, 0), 1)] * 3, grpo=[((1, 0), 1), ((0, 0), 1), ((0, 0), 1)], full=[((1, 1), 1)] * 2
     )
-    change, seeds = comparison.change(comparison.arms(kept), "grpo", "full")
+    change, seeds = effects.change(effects.arms(kept), "grpo", "full")
     assert seeds == 2 and change["domain"][0] == 0.75
-    assert comparison.change(comparison.arms(kept), "grpo", "gdpo") == ({}, 0)
-    change, seeds = comparison.change(comparison.arms(kept), "base", "full")
+    assert effects.change(effects.arms(kept), "grpo", "gdpo") == ({}, 0)
+    change, seeds = effects.change(effects.arms(kept), "base", "full")
     assert seeds == 2 and change["domain"][0] == 1.0
 
 
@@ -132,7 +132,7 @@ def test_equal_kl_takes_off_what_goes_with_the_distance():
         stage = name[:-2]
         kept["runs"][name]["scores"][stage] |= {"kl": [kl] * 3}
         kept["runs"][name]["scores"][stage]["instruction_unseen"][2] = general
-    assert comparison.slope(comparison.arms(kept)) == pytest.approx(-1.0)
+    assert effects.slope(effects.arms(kept)) == pytest.approx(-1.0)
 
 
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
@@ -145,14 +145,14 @@ def test_noise_is_joined_over_the_seeds_that_show_a_signal():
         section = {"advantages": "capability", "combination": "dual_cone"}
         runs[f"full-{seed}"] = {"from": f"sft-{seed}", "grpo": section}
     kept = {"runs": runs}
-    found = comparison.noise_ratio(kept, "full")
+    found = effects.noise_ratio(kept, "full")
     assert comparison.ratio_cell(found) == "1.00 [0.61, 1.63]"  # half of the log interval: log 2/√2
     assert found["n"] == 2
-    by_entropy = comparison.noise_by_entropy(kept, "full")
+    by_entropy = effects.noise_by_entropy(kept, "full")
     assert by_entropy["value"] == pytest.approx(0.5) and by_entropy["n"] == 2
     runs["sft-0"]["noise"] = runs["sft-1"]["noise"] = None
-    assert comparison.noise_ratio(kept, "full") is None
-    assert comparison.noise_by_entropy(kept, "full") is None
+    assert effects.noise_ratio(kept, "full") is None
+    assert effects.noise_by_entropy(kept, "full") is None
 
 
 def test_readme_says_what_the_records_say():

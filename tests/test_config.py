@@ -221,7 +221,7 @@ class FakeCuda:
     ("gib", "preset"), [(0, "pocket"), (8, "pocket"), (14.6, "t4"), (22, "24gb"), (79, "24gb")]
 )
 def test_preset_is_chosen_by_gpu_memory(monkeypatch, gib, preset):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr(torch, "cuda", FakeCuda(gib))
     name, reason = config.choose_preset()
     assert name == preset and ("Some GPU" in reason) == (gib > 0)

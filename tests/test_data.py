@@ -485,7 +485,7 @@ def test_sample_and_unpinned_files_are_reported(folder, caplog):
 @pytest.fixture
 def hub(monkeypatch):
     """datasets.load_dataset answers from a table (path, name) -> Dataset; calls are recorded."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     text, calls = datasets.Value("string"), []
     nested = {"contexts": [text], "labels": [text], "meshes": [text]}
     padded = {"keyword": None, "frequency": None, "num_words": None}
@@ -608,7 +608,7 @@ def test_hub_unpinned_source_is_reported(hub, monkeypatch, caplog):
 
 
 def test_hub_out_of_reach_is_one_line(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
     def fail(*args, **kwargs):
         raise ConnectionError("no\nroute")

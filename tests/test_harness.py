@@ -15,7 +15,7 @@ from bbkit.files import read_rows
 from bbkit.prompts import Example
 from bbkit.tasks import utils
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 OPTIONS = ("a virus", "a worm", "a fungus", "a bacterium")
 

@@ -350,7 +350,7 @@ def test_a_small_process_started_by_a_large_one_has_a_small_peak():
 
 
 def test_two_processes_cannot_write_the_same_folder(tmp_path):
-    pytest.importorskip("fcntl")
+    pytest.importorskip("fcntl", reason="no file locks on this system")
     code = (
         "import sys; from pathlib import Path; from bbkit.record import Run\n"
         "from bbkit.config import InputError\n"
