@@ -65,7 +65,9 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     settings = config.load(preset, args.config, overrides)
     go_private(args.offline or settings.model.name == "pocket")
     if args.dry_run:
-        return _dry_run(preset, settings, stages, args.offline, args.card)
+        from bbkit import dry_run
+
+        return dry_run.show(preset, settings, stages, args.offline, args.card)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
     processes.join()
     resume = record.resolve_resume(args.resume, out)
@@ -291,48 +293,6 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
 
 def _peak_gib() -> float:
     return round(record.peak_bytes() / 2**30, 2)
-
-
-def _dry_run(
-    preset: str, settings: Settings, stages: Sequence[str], offline: bool, card: float | None
-) -> int:
-    """Print the resolved settings, what the run would do, how long, and whether it fits."""
-    import torch
-
-    from bbkit import memory, minutes, models
-
-    print(config.to_yaml(settings))
-    s, g = settings.sft, settings.grpo
-    if card:  # of another machine: what its GPU computes in is not known here
-        name = settings.model.dtype
-        dtype, kind = getattr(torch, "bfloat16" if name == "auto" else name), "cuda"
-        room = int(card * 1e9)
-    else:
-        dtype, device = models.choose_dtype(settings.model, say=lambda line: None)
-        kind, room = device.type, memory.free_bytes(device)
-    planned = memory.plan(settings, dtype, kind, offline)
-    need = {stage: parts for stage, parts in planned.items() if stage in stages} or planned
-    tokens = g.steps * g.prompts * g.generations * g.max_completion_length
-    if "sft" in stages:
-        print(f"sft   {s.steps} steps of {s.batch_size} sequences")
-    if "grpo" in stages:
-        print(
-            f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
-            f"at most {tokens:,} new tokens"
-        )
-    print(minutes.said(preset, minutes.estimate(preset, settings, stages)))
-    for stage, parts in need.items():
-        *rest, (_, peak) = parts.items()
-        split = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in rest)
-        print(f"memory {stage}: {peak / 1e9:.2f} GB at most ({split})")
-    most, where = max(parts["peak"] for parts in need.values()), "card" if card else "free here"
-    if most <= room:
-        print(f"fits: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}")
-        return 0
-    changes = memory.mend(settings, dtype, room, kind, offline)
-    advice = " ".join(f"--set {change}" for change in changes) or "take a smaller model"
-    print(f"does not fit: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}; {advice}")
-    return 0
 
 
 if __name__ == "__main__":
