@@ -245,7 +245,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
 
     from tqdm.auto import tqdm
 
-    from bbkit import evaluate
+    from bbkit import evaluate, report
 
     section, held_out = settings.evaluation, rows["held_out"]
     run.forget_held_out(stage)
@@ -276,7 +276,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     if stage == "base":
         trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
         run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
-    written = {path.stem: files.read_rows(path) for path in folder.glob("*.jsonl")}
+    written = report.item_rows(run.folder)
     run.evaluation("difference", evaluate.changes(written, section.bootstrap))
     run.evaluation("kl", evaluate.divergences(written, section.bootstrap))
     step = 0 if stage == "base" else getattr(settings, stage).steps

@@ -116,6 +116,43 @@ def test_the_plan_is_near_what_others_publish(tokens, published, monkeypatch):
     assert found == pytest.approx(published * 1e9, rel=0.1)
 
 
+def qwen_7b(*changes):
+    short = ["evaluation.max_new_tokens=64", "evaluation.ifeval_tokens=64"]
+    return config.load("24gb", overrides=[*short, *changes])
+
+
+def test_grpo_of_qwen_7b_takes_what_trl_publishes():
+    """~9.2 GiB on a T4: huggingface/trl, examples/notebooks/grpo_trl_lora_qlora.ipynb.
+
+    Rank 32, 8 completions of 256 tokens (prompts, whose length is not stated, taken as 144),
+    checkpointing, 8-bit Adam. There, what is not in 4 bit is in float32, the rest computes in 16
+    bit; Liger's loss holds one sequence's logits; there is one gradient; CUDA's context is not in
+    the figure.
+    """
+    settings = qwen_7b(
+        "model.lora_rank=32", "model.max_length=400", "grpo.prompts=1", "grpo.generations=8",
+        "grpo.micro_batch_size=8", "grpo.max_completion_length=256",
+    )  # fmt: skip
+    full, half = (
+        memory.plan(settings, dtype, "cuda", offline=True)["grpo"]
+        for dtype in (torch.float32, torch.float16)
+    )
+    found = full["weights"] + 2 * half["adapter"] + half["optimiser"] + half["activations"]
+    assert found + half["logits"] / 8 == pytest.approx(9.2 * 2**30, rel=0.1)
+
+
+def test_sft_of_qwen_7b_takes_what_unsloth_publishes():
+    """7.893 GiB reserved on a T4: unslothai/notebooks, nb/Qwen2.5_(7B)-Alpaca.ipynb.
+
+    Rank 16, 2 sequences, checkpointing, 8-bit Adam; replies of Alpaca, taken as 512 tokens at most.
+    """
+    settings = qwen_7b(
+        "model.max_length=512", "sft.micro_batch_size=2", "grpo.max_completion_length=64"
+    )
+    found = memory.plan(settings, torch.float16, "cuda", offline=True)["sft"]
+    assert found["peak"] - found["process"] == pytest.approx(7.893 * 2**30, rel=0.1)
+
+
 @pytest.mark.parametrize(("preset", "card"), [("t4", 16), ("24gb", 24), ("paper", 24)])
 def test_a_preset_fits_the_card_that_it_is_for(preset, card):
     settings = config.load(preset)
