@@ -5,12 +5,16 @@ goes on, and how it ends when a person or the scheduler of a cluster stops it.
 """
 
 import math
+import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
@@ -24,13 +28,17 @@ LEFT_OUT = ("epoch", "num_tokens")
 class Recorder(TrainerCallback):
     """Trainer callback: metrics and samples into the run folder, whole checkpoints, a progress bar.
 
-    SIGINT and SIGTERM end training after the step in hand, with a checkpoint; `train` then raises
-    KeyboardInterrupt. A loss or gradient that is not finite raises Unhealthy.
+    SIGINT and SIGTERM end training with a checkpoint of the last whole step; `train` then raises
+    KeyboardInterrupt. The step in hand is given up, since it may take minutes; several processes
+    end it, since none may leave the others alone in it. A loss or gradient that is not finite
+    raises Unhealthy.
     """
 
     def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
         self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
         self.stop, self.seconds, self.saved = False, 0.0, time.monotonic()
+        self.midway = False  # in a step, of which nothing has reached the weights yet
+        self.whole: Callable[[], None] | None = None  # brings back the end of the last step
         self.rows: list[dict[str, Any]] = []
         self.told: set[str] = set()
         self.trainer: Any = None
@@ -54,6 +62,9 @@ class Recorder(TrainerCallback):
             bar = tqdm(total=self.steps, initial=start, desc=self.stage, file=sys.stdout)
             with bar as self.bar, files.guarded(folder):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            self._save_last_step()
+            raise
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
@@ -63,8 +74,28 @@ class Recorder(TrainerCallback):
 
     def _stop(self, *_) -> None:
         self.stop = True
+        if self.midway and processes.count() == 1:
+            self.midway = False
+            raise KeyboardInterrupt
+
+    def _save_last_step(self) -> None:
+        state = self.trainer.state
+        name = f"checkpoint-{state.global_step}"
+        if self.whole and files.broken(self.run.folder / self.stage / name):
+            self.whole()
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self.on_save(self.trainer.args, state, self.trainer.control)
+
+    def on_step_begin(self, args, state, control, **_):
+        self.midway = True
+        if self.stop:
+            self._stop()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.midway = False
 
     def on_step_end(self, args, state, control, **_):
+        self.whole = _as_now(self.trainer)
         minutes = self.settings.run.save_minutes
         due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes
         self.stop, due = processes.in_any(self.stop, due)
@@ -108,6 +139,24 @@ class Recorder(TrainerCallback):
             : self.settings.run.samples_per_log
         ]:
             self.run.sample(self.stage, state.global_step, sample)
+
+
+def _as_now(trainer) -> Callable[[], None]:
+    """What brings random numbers and callbacks back to where they are now."""
+    python, array = random.getstate(), np.random.get_state()
+    cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    callbacks = [c for c in trainer.callback_handler.callbacks if hasattr(c, "restore")]
+    kept = [callback.state() for callback in callbacks]
+
+    def bring_back() -> None:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
+        for callback, state in zip(callbacks, kept, strict=True):
+            callback.restore(state)
+
+    return bring_back
 
 
 def _key(name: str) -> str:

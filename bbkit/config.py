@@ -7,6 +7,7 @@ rates, warm-up, masking, loss) is a key here, so that settings mean the same wit
 import difflib
 import importlib.util
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -28,12 +29,23 @@ class Unhealthy(Exception):
     """Training went wrong (NaN loss or gradient); exit code 4."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it: to this process, not to those that it started."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """What a command line ends with: `command`'s own code, or a known error's after its one line.
+
+    SIGTERM is taken as Ctrl-C.
 
     >>> exit_code(lambda: 0)
     0
     """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command()
     except (InputError, CannotRun, Unhealthy) as error:
@@ -42,6 +54,8 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what is saved stays; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first

@@ -200,8 +200,10 @@ def _run(words: Sequence[str], folder: Path) -> None:
     process = subprocess.Popen([sys.executable, *words[1:]])
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # it has had the same signal, and takes some seconds to save
-        process.wait()
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, config.Terminated):
+            process.terminate()
+        process.wait()  # Ctrl-C has reached it too; it takes some seconds to save
         raise
     if code == 130:
         raise KeyboardInterrupt

@@ -174,6 +174,37 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, h
     assert comparable(out) == comparable(whole)
 
 
+SLOW = """
+import time
+from bbkit import grpo
+made, steps = grpo.reward_functions, []
+def slow(rows):
+    first, *rest = made(rows)
+    def domain(**given):
+        steps.append(1)
+        time.sleep(60 * (len(steps) > 1))
+        return first(**given)
+    return [domain, *rest]
+grpo.reward_functions = slow
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_step_that_takes_a_minute_is_given_up_and_nothing_else(whole, tmp_path, how):
+    out = tmp_path / "run"
+    words = [*SMALL, "--set", "sft.save_steps=50", "--set", "grpo.save_steps=50", "--out", str(out)]
+    for stage, step in (("sft", 2), ("grpo", 1)):
+        process = start(*words, code=CTRL_C + SLOW)
+        wait_for(out, stage, step, process)
+        began = time.monotonic()
+        process.send_signal(how)
+        code, text, err = finish(process)
+        assert code == 130 and time.monotonic() - began < 10, text + err
+    code, text, err = finish(start(*words))
+    assert code == 0 and "grpo: going on from step 1" in text, text + err
+    assert comparable(out) == comparable(whole)
+
+
 # a job in the background, as pytest may be, begins with Ctrl-C ignored
 CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
