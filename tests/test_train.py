@@ -196,6 +196,7 @@ def test_a_step_that_takes_a_minute_is_given_up_and_nothing_else(whole, tmp_path
     for stage, step in (("sft", 2), ("grpo", 1)):
         process = start(*words, code=CTRL_C + SLOW)
         wait_for(out, stage, step, process)
+        time.sleep(2 * (stage == "grpo"))  # into the slow part of its second step
         began = time.monotonic()
         process.send_signal(how)
         code, text, err = finish(process)
