@@ -1,9 +1,10 @@
 """Whatever comes in: readers of replies, data, settings and runs give a value or one line.
 
-`BBKIT_FUZZ=100000 pytest tests/test_fuzz.py` tries so many cases on each target, about ten minutes
-each. What was found once is kept as an example.
+`BBKIT_FUZZ=10 pytest -s tests/test_fuzz.py` takes ten minutes for each target. What was found once
+is kept as an example.
 """
 
+import functools
 import os
 import shutil
 import time
@@ -34,22 +35,45 @@ ROWS = (
     Example("3", "choice", "?", options=("A", "B", "b", "AB"), answer="b"),
     Example("4", "instruction", "Do.", constraints=({"kind": "lower"},)),
 )
-FEW = settings(
-    deadline=None, max_examples=int(os.environ.get("BBKIT_FUZZ", 100)), database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+CASES = settings(
+    deadline=None, max_examples=100, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
-def read_all(text: str) -> None:
-    """Every reader of a reply."""
+def fuzzed(test):
+    """A hundred cases, or as many hundreds as fit into BBKIT_FUZZ minutes."""
+
+    cases = CASES(test)
+
+    @functools.wraps(cases)
+    def repeated(**fixtures):
+        until, times = time.monotonic() + 60 * float(os.environ.get("BBKIT_FUZZ", 0)), 0
+        while not times or time.monotonic() < until:
+            cases(**fixtures)
+            times += 1
+        print(f"{test.__name__}: {100 * times:,} cases")
+
+    return repeated
+
+
+def read_answers(text: str) -> None:
     prompts.split_reply(text)
     for choices in ({"A": "virus", "B": "worm"}, "ABCD", ["virus", "worm"], None):
         prompts.parse_answer(text, choices)
-    assert extract_choice(text) in (None, *"ABCD")
     assert isinstance(final_answer(text), str)
+
+
+def read_choices(text: str) -> None:
+    assert extract_choice(text) in (None, *"ABCD")
+
+
+def read_rewards(text: str) -> None:
     for row in ROWS[:3]:
         for value in rewards.score(row, text).values():
             assert value is None or 0 <= value <= 1
+
+
+READERS = (read_answers, read_choices, read_rewards)
 
 
 def settle(text: str, folder: Path) -> None:
@@ -106,40 +130,42 @@ ODD = (
 )  # fmt: skip
 
 
-@FEW
-@given(TEXT)
-def test_replies(text):
-    read_all(text)
+@pytest.mark.parametrize("read", READERS)
+@fuzzed
+@given(text=TEXT)
+def test_replies(read, text):
+    read(text)
 
 
-@FEW
-@given(TEXT.filter(bool))
-@example("if ")
-@example("The answer is not ")
-@example("<answer>")
-@example("\u0301")
-@example("{")
+@fuzzed
+@given(text=TEXT.filter(bool))
+@example(text="if ")
+@example(text="The answer is not ")
+@example(text="<answer>")
+@example(text="\u0301")
+@example(text="{")
 def test_long_replies_take_linear_time(text):
     """CPU seconds for 200 kB of any repeated text; a quadratic reader takes minutes."""
     long = (text * (200_000 // len(text)))[:200_000]
     began = time.process_time()
-    read_all(long + "\nx")
+    for read in READERS:
+        read(long + "\nx")
     assert time.process_time() - began < 5
 
 
-@FEW
-@given(TEXT)
-@example("[" * 5000)
-@example("grpo: &a {weights: *a}")
-@example("a: &a [*a]")
-@example("grpo: {steps: " + "9" * 5000 + "}")
-@example("? [1]\n: 2")
+@fuzzed
+@given(text=TEXT)
+@example(text="[" * 5000)
+@example(text="grpo: &a {weights: *a}")
+@example(text="a: &a [*a]")
+@example(text="grpo: {steps: " + "9" * 5000 + "}")
+@example(text="? [1]\n: 2")
 def test_settings(tmp_path_factory, text):
     settle(text, tmp_path_factory.getbasetemp())
 
 
-@FEW
-@given(st.data(), st.sampled_from(sorted(LAYOUTS)))
+@fuzzed
+@given(data=st.data(), card=st.sampled_from(sorted(LAYOUTS)))
 def test_data_files(data, card):
     load_rows(card, changed(data.draw, LAYOUTS[card][1].encode() * 2))
 
@@ -167,7 +193,7 @@ def go_on(folder: Path) -> None:
         run.truncate("grpo", 1)
 
 
-@FEW
+@fuzzed
 @given(data=st.data())
 def test_run_folders(run_folder, tmp_path_factory, data):
     """A damaged or hostile run folder is refused, or read; nothing outside it is touched."""
