@@ -158,6 +158,7 @@ class Grpo:
     epsilon: Share = 0.2
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     weights: Weights = field(default_factory=Weights)
+    judge: Share = 0.0
     controller: Controller = field(default_factory=Controller)
     advantages: Literal["capability", "gdpo", "grpo", "dr_grpo"] = "grpo"
     sigma_floor: Share = 0.1

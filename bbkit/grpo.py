@@ -6,15 +6,17 @@ other rewards are None there. The trainer itself is bbkit.capability.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from bbkit import processes, prompts, rewards
+from bbkit import judge, processes, prompts, rewards
 from bbkit.config import Settings
 from bbkit.prompts import Example
 from bbkit.sft import arguments, precision
 
 CAPABILITIES = tuple(rewards.REWARDS)
+Judge = Callable[[Sequence[Example], Sequence[str]], list]
 
 
 def schedule(
@@ -52,13 +54,22 @@ def schedule(
     return order
 
 
-def reward_functions(examples: Sequence[Example]) -> list:
-    """One TRL reward function per capability; rows name their example by the column `index`."""
+def reward_functions(
+    examples: Sequence[Example], by_model: Judge | None = None, share: float = 0.0
+) -> list:
+    """One TRL reward function per capability; rows name their example by the column `index`.
+
+    Of the reasoning reward, `share` is what `by_model` gives and the rest what the rules give.
+    """
 
     def named(capability: str, score):
         def reward(completions, index, **_):
-            texts = [c[0]["content"] for c in completions]
-            return [score(examples[i], text) for i, text in zip(index, texts, strict=True)]
+            asked, texts = [examples[i] for i in index], [c[0]["content"] for c in completions]
+            found = [score(example, text) for example, text in zip(asked, texts, strict=True)]
+            if capability == "reasoning" and by_model:
+                pairs = zip(found, by_model(asked, texts), strict=True)
+                return [r if r is None else (1 - share) * r + share * j for r, j in pairs]
+            return found
 
         reward.__name__ = capability
         return reward
@@ -166,10 +177,11 @@ def build(
         retention=retention,
         **{k: getattr(section.controller, k) for k in ("rate", "ema", "target", "floor")},
     )
+    base_judges = partial(judge.judged, model, tokenizer) if section.judge else None
     with keep_float32(model):
         return trainer(
             model=model,
-            reward_funcs=reward_functions(order),
+            reward_funcs=reward_functions(order, base_judges, section.judge),
             args=config,
             train_dataset=dataset,
             processing_class=tokenizer,

@@ -37,6 +37,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "sft_retention": ("grpo.steps=0", "sft.retention=4"),
     # from the SFT that a seed's arms share
     "grpo": _arm("grpo", "fixed"),
+    "judged": (*_arm("grpo", "fixed"), "grpo.judge=0.5"),
     "dr_grpo": (*_arm("dr_grpo", "fixed"), "grpo.loss_type=dr_grpo"),
     "gdpo": _arm("gdpo", "fixed"),
     "static": _arm(rule="fixed"),

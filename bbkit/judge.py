@@ -1,0 +1,72 @@
+"""The model-based part of the reasoning reward: does the reasoning make the gold answer likelier?
+
+Serves the claim that rewards by rules and by a model together beat rules alone. The paper names no
+judge; here no other model judges. The frozen base, its adapter off, reads the reply's reasoning and
+is asked for the gold answer: a reasoning that states the answer outright scores too, which is why
+the rules keep their share of the reward (`grpo.judge`).
+"""
+
+import math
+from collections.abc import Sequence
+
+from bbkit import evaluate, prompts
+from bbkit.prompts import Example
+
+
+def judged(
+    model, tokenizer, examples: Sequence[Example], replies: Sequence[str]
+) -> list[float | None]:
+    """tanh(d / 2), at least 0, of each reply; None for instructions, 0 without a reasoning part.
+
+    d is the gain in nats, mean over the tokens of the gold answer, of its log-likelihood under the
+    base model: after the reply's reasoning, minus after an empty one. `model` is a PEFT model.
+    """
+    found: list[float | None] = [0.0] * len(replies)
+    rows: list[tuple[list[int], int]] = []
+    asked, place = [], {}
+    for i, (example, reply) in enumerate(zip(examples, replies, strict=True)):
+        reasoning = prompts.parse_reasoning(reply)
+        if example.task == "instruction":
+            found[i] = None
+        elif reasoning:
+            pair = [_tokens(tokenizer, example, text) for text in ("", reasoning)]
+            for whole in pair:  # a group's prompt, and often its reasoning, come more than once
+                if tuple(whole[0]) not in place:
+                    place[tuple(whole[0])] = len(rows)
+                    rows.append(whole)
+            asked.append((i, *(place[tuple(whole[0])] for whole in pair)))
+    values = _likelihoods(model, tokenizer, rows)
+    for i, before, after in asked:
+        found[i] = max(0.0, math.tanh((values[after] - values[before]) / 2))
+    return found
+
+
+def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[list[int], int]:
+    """Tokens of prompt, reasoning and gold answer, and where those of the answer begin."""
+    prompt = tokenizer.apply_chat_template(
+        prompts.messages(example), add_generation_prompt=True, tokenize=False
+    )
+    said = f"<reasoning>{reasoning}</reasoning><answer>"
+    before, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (prompt + said, example.answer)
+    )
+    return before + answer, len(before)
+
+
+def _likelihoods(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Mean log-likelihood, in nats a token, of what follows each row's start, under the base."""
+    import torch
+
+    found = [0.0] * len(rows)
+    was_training = model.training
+    model.eval()
+    for chosen, ids, mask in evaluate.batches([r for r, _ in rows], tokenizer, model):
+        with torch.no_grad(), model.disable_adapter():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        for row, i in enumerate(chosen):
+            whole, start = rows[i]
+            found[i] = told[row, start - 1 : len(whole) - 1].mean().item()
+    model.train(was_training)
+    return found
