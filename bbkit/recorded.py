@@ -52,6 +52,35 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
     return {"items": items, "runs": runs}
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record from its file; InputError where it is none."""
+    kept = files.read_json(path)
+    if not isinstance(kept, dict) or not {"items", "runs"} <= set(kept):
+        raise InputError(f"{path}: not a record; python -m bbkit.study --record writes one")
+    return kept
+
+
+def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The record `kept`, which is called `name`, with the runs of `more`.
+
+    Raises InputError where the two were asked other prompts, or where a run of both scored
+    otherwise: on another machine a seed is another run, and its arms go with it.
+
+    >>> a, b = ({"items": [], "runs": {"sft-0": {"scores": {"sft": value}}}} for value in (0, 1))
+    >>> joined(a, b, "pocket.json")
+    Traceback (most recent call last):
+    bbkit.config.InputError: pocket.json: sft-0 scored otherwise there; record other seeds, or ...
+    """
+    if kept["items"] != more["items"]:
+        raise InputError(f"{name}: its runs answered other prompts; record into another file")
+    for run in kept["runs"].keys() & more["runs"].keys():
+        if kept["runs"][run]["scores"] != more["runs"][run]["scores"]:
+            raise InputError(
+                f"{name}: {run} scored otherwise there; record other seeds, or into another file"
+            )
+    return {"items": kept["items"], "runs": {**kept["runs"], **more["runs"]}}
+
+
 def text(found: Mapping[str, Any]) -> str:
     """The file of a record: JSON, a line a run, so that git shows which one changed."""
     lines = [f"{json.dumps(k)}: {json.dumps(files.plain(v))}" for k, v in found["runs"].items()]

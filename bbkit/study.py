@@ -32,7 +32,7 @@ def _arm(
 
 COMBINED = ("pcgrad", "upgrad", "aligned_mtl", "dual_cone")
 ARMS: dict[str, tuple[str, ...]] = {
-    # without GRPO, each with an SFT of its own
+    # without GRPO, each with an SFT of its own, as all that change its settings or the data
     "averaging": ("grpo.steps=0", "sft.averaging=0.5"),
     "sft_retention": ("grpo.steps=0", "sft.retention=4"),
     # from the SFT that a seed's arms share
@@ -54,6 +54,12 @@ ARMS: dict[str, tuple[str, ...]] = {
         if name != "dual_cone"
     },
     "full": _arm(combination="dual_cone", retention=4),
+    # GRPO on single facts, instead of the questions of two hops that are held out
+    "plain": (*_arm("grpo", "fixed"), "data.grpo=[ontology,constraints]"),
+    # what the hypotheses of bbkit.comparison change
+    "full_adam": (*_arm(combination="dual_cone", retention=4), "grpo.metric=adam"),
+    "dynamic_fast": (*_arm(), "grpo.controller.rate=1.0"),
+    "static_unfloored": (*_arm(rule="fixed"), "grpo.sigma_floor=0.01"),
 }
 MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # Two arms, two seeds and a quarter of the steps: what a workshop has time for.
@@ -85,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
     p.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
-    p.add_argument("--record", type=Path, metavar="FILE", help="write what tables are made from")
+    p.add_argument("--record", type=Path, metavar="FILE", help="keep, or add, what tables show")
     return p
 
 
@@ -122,6 +128,8 @@ def _main(args: argparse.Namespace) -> int:
         shared = sorted({f"sft-{name.rpartition('-')[2]}" for name in there})
         found = recorded.pack([out / name for name in shared + there])
         if args.record:
+            if args.record.exists():
+                found = recorded.joined(recorded.read(args.record), found, str(args.record))
             files.write_bytes(args.record, recorded.text(found).encode())
         print("\n\n".join(make(found) for make in comparison.BLOCKS.values()))
     return 0
@@ -138,7 +146,7 @@ def schedule(arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Row]:
         first = out / f"sft-{seed}"
         rows.append(Row(first, seed, ("grpo.steps=0",), None))
         for arm in arms:
-            own = any(item.startswith("sft.") for item in ARMS[arm])
+            own = any(item.startswith(("sft.", "data.")) for item in ARMS[arm])
             rows.append(Row(out / f"{arm}-{seed}", seed, ARMS[arm], None if own else first))
     return rows
 

@@ -87,6 +87,22 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
         assert ours["scores"] == pytest.approx(known, rel=1e-3)
 
 
+def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
+    file = tmp_path / "study.json"
+    words = ["--table", "--seeds", "0", "--out", str(made), "--record", str(file)]
+    for arms in ("grpo", "grpo,full"):
+        assert study.main([*words, "--arms", arms]) == 0
+    kept = recorded.read(file)
+    assert set(kept["runs"]) == {"sft-0", "grpo-0", "full-0"}
+    kept["runs"]["sft-0"]["scores"]["sft"]["format"][0] = 0.123
+    file.write_text(recorded.text(kept))
+    assert study.main([*words, "--arms", "full"]) == 2
+    assert "sft-0 scored otherwise there" in capsys.readouterr().err
+    file.write_text("[]")
+    assert study.main([*words, "--arms", "full"]) == 2
+    assert "not a record" in capsys.readouterr().err
+
+
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
     words = ["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]
     assert study.main([*words, "--set", "grpo.steps=3"]) == 2
