@@ -126,41 +126,6 @@ def average_with_base(model: PeftModel, share: float) -> None:
                 parameter.mul_(1 - share)
 
 
-def average(one: str | Path | None, other: str | Path, alpha: float, out: str | Path) -> Path:
-    """Weight averaging without training: an adapter of (1 − alpha) ΔW_one + alpha ΔW_other.
-
-    Exact, by stacking ranks; `one` None is the base, ΔW = 0 (WiSE-FT, arXiv 2109.01903). Raises
-    InputError for alpha outside [0, 1] or adapters that do not fit together.
-    """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"average: alpha {alpha} is not between 0 and 1")
-    parts = [(other, alpha)] if one is None else [(one, 1 - alpha), (other, alpha)]
-    stacked: dict[str, list[torch.Tensor]] = {}
-    ranks = 0
-    for folder, share in parts:
-        config = files.read_json(Path(folder) / "adapter_config.json")
-        odd = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-        if any(config.get(key) for key in odd):
-            raise InputError(f"{folder}: only LoRA of one rank and plain scaling can be averaged")
-        with reading(str(folder)):
-            tensors = safetensors.torch.load_file(Path(folder) / ADAPTER)
-        if stacked and stacked.keys() != tensors.keys():
-            raise InputError(f"{folder}: other matrices than in {one}; average like ones")
-        for name, tensor in tensors.items():
-            scale = share * config["lora_alpha"] / config["r"] if ".lora_A." in name else 1.0
-            stacked.setdefault(name, []).append(tensor * scale)
-        ranks += config["r"]
-    try:
-        joined = {n: torch.cat(t, dim=0 if ".lora_A." in n else 1) for n, t in stacked.items()}
-    except RuntimeError as error:
-        raise InputError(f"{other}: matrices of other sizes than in {one}: another base") from error
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "adapter_config.json", config | {"r": ranks, "lora_alpha": ranks})
-    files.write_bytes(out / ADAPTER, safetensors.torch.save(joined, {"format": "pt"}))
-    return out
-
-
 def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

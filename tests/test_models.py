@@ -741,26 +741,6 @@ def test_another_scale_is_refused_where_matrices_are_there_already(adapter, fres
     assert all(torch.equal(before[k], v) for k, v in lora_of(other).items())
 
 
-def test_averaged_adapters_are_the_average_of_their_models(tiny, tmp_path):
-    setup = settings(tiny)
-    one = randomize(adapters.add_lora(models.load(setup, quiet)[0], setup, 0), seed=1)
-    other = randomize(adapters.add_lora(models.load(setup, quiet)[0], setup, 3), seed=2)
-    folders = [adapters.save_adapter(m, tmp_path / str(i)) for i, m in enumerate((one, other))]
-    merged = [dict(adapters.merge(m).named_parameters()) for m in (one, other)]
-    base = dict(models.load(setup, quiet)[0].named_parameters())
-    for first, start in ((folders[0], merged[0]), (None, base)):
-        out = adapters.average(first, folders[1], 0.3, tmp_path / "out")
-        mixed = adapters.merge(adapters.load_adapter(models.load(setup, quiet)[0], out))
-        for name, weight in mixed.named_parameters():
-            wanted = 0.7 * start[name] + 0.3 * merged[1][name]
-            assert torch.allclose(weight, wanted, atol=1e-6), name
-    with pytest.raises(InputError, match=r"alpha 1\.5 is not between 0 and 1"):
-        adapters.average(None, folders[1], 1.5, tmp_path / "out")
-    edit_json(folders[0] / "adapter_config.json", use_rslora=True)
-    with pytest.raises(InputError, match="plain scaling"):
-        adapters.average(folders[0], folders[1], 0.5, tmp_path / "out")
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_merge_is_a_plain_model_that_says_the_same(tiny, tmp_path, quantization):
     setup = settings(tiny, quantization=quantization)

@@ -187,7 +187,7 @@ from bbkit import adapters, config, grpo, models, sft, train
 settings = config.load("pocket", None, [
     "sft.steps=12", "sft.batch_size=16", "sft.micro_batch_size=16", "grpo.steps=2",
     "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=8", "run.threads=1",
-    "grpo.advantages=capability", "grpo.combination=dual_cone"])
+    "grpo.advantages=capability", "grpo.combination=dual_cone", "grpo.judge=0.5"])
 rows = train.load_rows(settings, None)
 model, tokenizer = models.load(settings.model)
 model = adapters.add_lora(model, settings.model, 0)
@@ -210,7 +210,9 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path):
     """SFT, then GRPO with a gradient per capability; the model is transformers', the trainers not.
 
-    unsloth's patched LoRA layers bypass the modules, so that the replay engine has to step in.
+    The replay engine has to step in: unsloth's patched LoRA layers bypass the modules, and its GRPO
+    loss takes a micro-batch apart, so that plain forwards on them would not be enough: one sequence
+    at a time (unsloth_grpo_mini_batch), or all in one row with their prompts shared.
     """
     zoo = [name.replace("unsloth==", "unsloth_zoo==") for name in pinned()]
     others = ["triton", "cut_cross_entropy", "tyro", "hf_transfer", "msgspec"]
