@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from bbkit import files, health, processes, record
+from bbkit import adapters, files, health, processes, record
 from bbkit.config import Settings, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
@@ -52,6 +52,9 @@ class Recorder(TrainerCallback):
         if checkpoint:
             print(f"{self.stage}: going on from step {start}")
         self.run.truncate(self.stage, start)
+        if checkpoint and start >= self.steps:  # transformers would take one step more
+            adapters.load_adapter(trainer.accelerator.unwrap_model(trainer.model), checkpoint)
+            return
         self.trainer, self.saved = trainer, time.monotonic()
         trainer.remove_callback(PrinterCallback)  # a dict a step; the bar and metrics.jsonl say it
         kept = files.read_rows(self.run.folder / "metrics.jsonl")

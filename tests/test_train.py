@@ -174,6 +174,24 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, h
     assert comparable(out) == comparable(whole)
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_killed_after_the_last_step_and_before_the_next_stage(whole, tmp_path, stage):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    manifest = json.loads((out / "run.json").read_text())
+    for name in list(manifest["stages"]):
+        if name.endswith("grpo") or (stage == "sft" and name.endswith("sft")):
+            manifest["stages"].pop(name)
+    (out / "run.json").write_text(json.dumps(manifest))
+    if stage == "sft":
+        shutil.rmtree(out / "grpo")
+    shutil.rmtree(out / stage / "adapter")
+    code, text, err = finish(start(*SMALL, "--out", str(out)))
+    last = {"sft": 4, "grpo": 3}[stage]
+    assert code == 0 and f"{stage}: going on from step {last}" in text, text + err
+    assert comparable(out) == comparable(whole)
+
+
 SLOW = """
 import time
 from bbkit import grpo
