@@ -5,6 +5,7 @@ goes on, and how it ends when a person or the scheduler of a cluster stops it.
 """
 
 import math
+import pickle
 import random
 import signal
 import sys
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from bbkit import adapters, files, health, processes, record
-from bbkit.config import Settings, Unhealthy
+from bbkit.config import InputError, Settings, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
 LEFT_OUT = ("epoch", "num_tokens")
@@ -68,6 +69,10 @@ class Recorder(TrainerCallback):
         except KeyboardInterrupt:
             self._save_last_step()
             raise
+        except pickle.UnpicklingError as error:  # transformers reads with weights_only
+            raise InputError(
+                f"{checkpoint}: not the state of a trainer; remove it to go on without"
+            ) from error
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)

@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
-from bbkit import config, study, train
+from bbkit import config, files, study, train
 from bbkit.files import read_rows
 
 SMALL = [
@@ -348,6 +349,35 @@ def test_a_corrupt_adapter_is_named_and_the_run_is_left_as_it_was(whole, tmp_pat
     (copy / "sft" / "adapter" / "adapter_model.safetensors").write_bytes(b"broken")
     assert train.main([*SMALL, "--out", str(copy)]) == 2
     assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+class Hostile:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_run_folder_runs_no_code(whole, tmp_path, capsys, name):
+    out, owned = tmp_path / "run", tmp_path / "owned"
+    shutil.copytree(whole, out)
+    manifest = json.loads((out / "run.json").read_text())
+    manifest["stages"] = {k: v for k, v in manifest["stages"].items() if not k.endswith("grpo")}
+    (out / "run.json").write_text(json.dumps(manifest))
+    shutil.rmtree(out / "grpo" / "checkpoint-3")
+    checkpoint = out / "grpo" / "checkpoint-2"
+    for file in (checkpoint / name, checkpoint / "training_args.bin"):
+        assert file.exists()
+        torch.save(Hostile(owned), file)
+    files.mark_complete(checkpoint)
+    assert train.main([*SMALL, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "checkpoint-2" in error
+    assert not owned.exists()
 
 
 def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk):
