@@ -199,7 +199,8 @@ class Run:
         """Note how the run ended; after a failure, remove checkpoints that were being written."""
         if not self.writes:
             return
-        stopped = "interrupted" if kind is KeyboardInterrupt else f"failed: {error}"
+        by_hand = kind is not None and issubclass(kind, KeyboardInterrupt)
+        stopped = "interrupted" if by_hand else f"failed: {error}"
         for checkpoint in self.folder.glob("*/checkpoint-*") if kind else ():
             if not (checkpoint / MARKER).exists():
                 shutil.rmtree(checkpoint, ignore_errors=True)

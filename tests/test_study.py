@@ -115,7 +115,8 @@ def test_what_is_missing_is_said(made, capsys):
     assert "not in the table: gdpo-0, gdpo-1, grpo-1" in out and "| grpo |" in out
 
 
-def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path, sent):
     code = (  # a job in the background begins with Ctrl-C ignored
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from bbkit import study\nsys.exit(study.main(sys.argv[1:]))"
@@ -127,10 +128,14 @@ def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path):
     )  # fmt: skip
     while not (tmp_path / "sft-0" / "run.json").exists() and study_.poll() is None:
         time.sleep(0.1)
-    os.killpg(study_.pid, signal.SIGINT)  # as a terminal does
+    if sent == signal.SIGINT:
+        os.killpg(study_.pid, sent)  # as a terminal does
+    else:
+        study_.send_signal(sent)  # as a scheduler does
     _, err = study_.communicate(timeout=300)
     assert study_.returncode == 130 and "the same command goes on" in err
     assert "Traceback" not in err
+    assert json.loads((tmp_path / "sft-0" / "run.json").read_text())["status"] == "interrupted"
 
 
 def test_another_sft_is_not_carried_over(made, tmp_path):
