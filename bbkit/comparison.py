@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bbkit.comparison", description=main.__doc__)
     p.add_argument("records", nargs="+", type=Path, metavar="RECORD", help="JSON of bbkit.study")
     p.add_argument("--write", type=Path, metavar="FILE", help="such as README.md")
-    p.add_argument("--figures", type=Path, metavar="DIR", help="draw RECORD's figures there")
+    p.add_argument("--figures", type=Path, metavar="DIR", help="draw into DIR/figures")
     args = p.parse_args(argv)
     return config.exit_code(lambda: _main(args))
 

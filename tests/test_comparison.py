@@ -189,10 +189,11 @@ def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
 def test_figures_of_a_record(tmp_path):
     assert comparison.main([str(RECORDED), "--figures", str(tmp_path / "new")]) == 0
     made = {p.name for p in (tmp_path / "new" / "figures").iterdir()}
-    assert made == {f"pocket_{name}.png" for name in ("front", "forgetting", "steps")}
+    assert made == {f"pocket_{name}.png" for name in ("front", "forgetting", "steps", "noise")}
     bare = record(sft=[((0, 0), 1)], grpo=[((1, 0), 1)])
     for run in bare["runs"].values():
         run["log"] = {}
     assert studyplots.steps(bare) is None  # nothing was logged: no empty axes
+    assert studyplots.noise(bare) is None
     figure = studyplots.front(bare)
     assert {line.get_label() for line in figure.axes[0].lines} >= {"base", "sft", "grpo"}
