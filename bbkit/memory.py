@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
 PROCESS = {"cpu": 0.75e9, "cuda": 0.6e9}  # Python with its libraries; a CUDA context
 # Bytes for a logit while a loss is taken: itself, shifted, log-softmax, their gradients. Measured
-# on a CPU in float32 (28.6 on pocket, 16 to 128 sequences); 16 bit fits what LLaMA-Factory's wiki
-# states for LLaMA2-7B on 1,024 to 16,384 tokens (tests/test_memory.py).
-LOGIT = {4: 28, 2: 16}
+# on a CPU (28.6 on pocket, 16 to 128 sequences, where the loss computes in float32 whatever the
+# model); on a GPU what fits that which LLaMA-Factory's wiki states for LLaMA2-7B on 1,024 to 16,384
+# tokens (tests/test_memory.py).
+LOGIT = {"cpu": 28, "cuda": 16}
 # Dimensions as published on the Hub, for a plan without it: config.json of each model.
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936, True),
@@ -131,6 +132,8 @@ def plan(
     # Kept for the backward pass, per token and layer: the inputs of the two norms, of the linear
     # maps with LoRA (that of q, k, v is one), q, k, v, and four widths of the feed-forward part.
     kept = (10 * hidden + 4 * config.intermediate_size) * dtype.itemsize + 28 * model.lora_rank
+    if kind == "cpu" and dtype.itemsize < 4:  # no autocast: each LoRA layer's input in float32 too
+        kept += 4 * (6 * hidden + config.intermediate_size)
     saved = (
         layers * hidden * dtype.itemsize + kept if model.gradient_checkpointing else layers * kept
     )
@@ -149,7 +152,7 @@ def plan(
         passing = {
             "gradients": 4 * lora * (1 + rows),
             "activations": sequences * model.max_length * saved,
-            "logits": LOGIT[dtype.itemsize] * sequences * read * config.vocab_size,
+            "logits": LOGIT[kind] * sequences * read * config.vocab_size,
         }
         kv = {"kv_cache": filled * model.max_length * cache}
         peak = sum(parts.values()) + max(sum(passing.values()), kv["kv_cache"])

@@ -19,7 +19,7 @@ def test_parts_of_the_pocket_run_by_hand():
     assert found["optimiser"] == 8 * sizes["lora_parameters"]
     assert found["gradients"] == 4 * sizes["lora_parameters"]
     vocabulary = 4096
-    assert found["logits"] == memory.LOGIT[4] * (4 * 100) * vocabulary
+    assert found["logits"] == memory.LOGIT["cpu"] * (4 * 100) * vocabulary
     assert found["peak"] == sum(v for k, v in found.items() if k not in ("peak", "kv_cache"))
 
 
