@@ -1,6 +1,7 @@
 """The run folder: whole files, torn lines, checkpoints, resume, the lock, a full disk, kill -9."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -206,6 +207,17 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert latest_checkpoint(tmp_path) == two
     (two / "inner" / "state").unlink()
     assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["[" * 100_000, "../outside", "/etc/hostname", ""])
+def test_a_marker_that_names_no_file_of_its_checkpoint(tmp_path, name):
+    whole = checkpoint(tmp_path, 1)
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"x")
+    sums = files.read_json(whole / files.MARKER)
+    sums[name] = [1, hashlib.sha256(b"x").hexdigest()]
+    files.write_json(whole / files.MARKER, sums)
+    assert files.broken(whole) == f"{name} is missing or truncated"
 
 
 # Resume
