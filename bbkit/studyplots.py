@@ -28,7 +28,7 @@ def style(arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"base": {"color": "#777777", "marker": "o"}}
     found["sft"] = {"color": "#777777", "marker": "s"}
     for i, arm in enumerate(a for a in arms if a not in found):
-        found[arm] = {"color": COLORS[i % 7], "marker": MARKERS[(i // 7 + i) % 8]}
+        found[arm] = {"color": COLORS[i % 7], "marker": MARKERS[i % 8]}
     return found
 
 

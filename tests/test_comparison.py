@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bbkit import comparison, effects, recorded, statistics, studyplots
+from bbkit import comparison, effects, recorded, statistics, study, studyplots
 from bbkit.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,11 @@ def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
     source.write_text(json.dumps({"rows": []}))
     assert comparison.main([str(source)]) == 2
     assert "not a record" in capsys.readouterr().err
+
+
+def test_no_two_arms_look_alike():
+    kinds = studyplots.style(dict.fromkeys([*study.ARMS, "base", "sft"])).values()
+    assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(study.ARMS) + 2
 
 
 def test_figures_of_a_record(tmp_path):
