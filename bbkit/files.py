@@ -129,9 +129,9 @@ def broken(checkpoint: Path) -> str:
         for name, (size, digest) in files.items():
             file = there.get(name)
             if file is None or file.stat().st_size != size:
-                return f"{name} is missing or truncated"
+                return f"{name[:80]!r} is missing or truncated"
             if _sha256(file) != digest:
-                return f"{name} has changed since it was written"
+                return f"{name[:80]!r} has changed since it was written"
     except (AttributeError, TypeError, ValueError):
         return "its completeness marker is damaged"
     return ""

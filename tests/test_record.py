@@ -195,12 +195,12 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert "checkpoint-99: not finished" in capsys.readouterr().out
     os.truncate(ten / "weights", 100)
     assert latest_checkpoint(tmp_path) == nine
-    assert "weights is missing or truncated" in capsys.readouterr().out
+    assert "'weights' is missing or truncated" in capsys.readouterr().out
     data = bytearray((nine / "weights").read_bytes())
     data[7] ^= 1
     (nine / "weights").write_bytes(data)
     assert latest_checkpoint(tmp_path) == two
-    assert "weights has changed" in capsys.readouterr().out
+    assert "'weights' has changed" in capsys.readouterr().out
     os.truncate(two / files.MARKER, 20)
     assert latest_checkpoint(tmp_path) is None
     mark_complete(two)
@@ -209,15 +209,16 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert latest_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["[" * 100_000, "../outside", "/etc/hostname", ""])
+@pytest.mark.parametrize("name", ["[" * 100_000, "../outside", "/etc/hostname", "", "\ud800"])
 def test_a_marker_that_names_no_file_of_its_checkpoint(tmp_path, name):
     whole = checkpoint(tmp_path, 1)
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
     sums = files.read_json(whole / files.MARKER)
     sums[name] = [1, hashlib.sha256(b"x").hexdigest()]
-    files.write_json(whole / files.MARKER, sums)
-    assert files.broken(whole) == f"{name} is missing or truncated"
+    (whole / files.MARKER).write_text(json.dumps(sums))
+    said = files.broken(whole)
+    assert said == f"{name[:80]!r} is missing or truncated" and said.encode()
 
 
 # Resume
