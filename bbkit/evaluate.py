@@ -9,7 +9,7 @@ base model is judged by what it says and not by its tags.
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from bbkit import instructions, prompts, questions, rewards
 from bbkit.extraction import extract_choice as extract_choice  # its documented place
@@ -99,7 +99,7 @@ def divergence(
     found = [0.0] * len(rows)
     was_training = model.training
     model.eval()
-    for chosen, ids, mask in batches([whole for whole, _ in rows], tokenizer, model):
+    for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
         inputs = {"input_ids": ids, "attention_mask": mask}
         with torch.no_grad():
             ours = model(**inputs).logits.float().log_softmax(-1)
@@ -111,26 +111,6 @@ def divergence(
             found[i] = tokens[row, start - 1 : len(whole) - 1].mean().item()
     model.train(was_training)
     return found
-
-
-def batches(rows: Sequence[Sequence[int]], tokenizer, model) -> Iterator:
-    """Token rows in batches of like length: their places, tokens and mask, on the model's device.
-
-    Padded on the right; as many as leave the logits of a batch at 2^25 numbers, or one.
-    """
-    import torch
-
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    while order:
-        width = len(rows[order[0]])
-        most = max(1, 2**25 // (model.config.vocab_size * width))  # 128 MB for each copy
-        chosen, order = order[:most], order[most:]
-        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, : len(rows[i])] = torch.tensor(rows[i])
-            mask[row, : len(rows[i])] = 1
-        yield chosen, ids.to(model.device), mask.to(model.device)
 
 
 def lenient(example: Example, reply: str) -> float:

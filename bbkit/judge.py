@@ -9,7 +9,7 @@ the rules keep their share of the reward (`grpo.judge`).
 import math
 from collections.abc import Sequence
 
-from bbkit import evaluate, prompts
+from bbkit import prompts
 from bbkit.prompts import Example
 
 
@@ -61,7 +61,7 @@ def _likelihoods(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> lis
     found = [0.0] * len(rows)
     was_training = model.training
     model.eval()
-    for chosen, ids, mask in evaluate.batches([r for r, _ in rows], tokenizer, model):
+    for chosen, ids, mask in prompts.batches([r for r, _ in rows], tokenizer, model):
         with torch.no_grad(), model.disable_adapter():
             logits = model(input_ids=ids, attention_mask=mask).logits
         told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
