@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import hub, memory
+from bbkit import cpu, hub, memory
 from bbkit.config import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
@@ -63,6 +63,8 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     if protect_4bit(model) and (wrong := badly_unpacked(model)):
         say(f"nf4: bitsandbytes unpacks rows of {wrong} weights wrongly here; set it to none")
     model.requires_grad_(False)
+    if device.type == "cpu":
+        cpu.quicken(model)
     model.bbkit_settings = settings
     commit = path.name if path.parent.name == "snapshots" else None
     model.origin = {"name": settings.name, "revision": commit, "backend": backend, **sizes}

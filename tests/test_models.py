@@ -402,6 +402,35 @@ def test_dtypes_that_cannot_work_are_refused(monkeypatch):
         models.choose_dtype(settings("x", dtype="bfloat16"), quiet)
 
 
+def test_one_token_on_a_bfloat16_cpu_is_attended_to_as_well_as_by_torchs_kernel():
+    """A token after a padded batch, from the cache: no further from float32 than SDPA is."""
+    ids = torch.randint(5, 500, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def loaded(dtype):
+        return models.load(settings("pocket", dtype=dtype, quantization="none"), quiet)[0]
+
+    @torch.no_grad()
+    def step(model):
+        seen = {"attention_mask": mask[:, :-1], "position_ids": places[:, :-1]}
+        cache = model(input_ids=ids[:, :-1], **seen, logits_to_keep=1).past_key_values
+        last = {"attention_mask": mask, "position_ids": places[:, -1:]}
+        return model(input_ids=ids[:, -1:], **last, past_key_values=cache).logits.float()
+
+    exact = loaded("float32")
+    assert exact.config._attn_implementation == "sdpa"  # no quicker there
+    truth = step(exact)
+    model = loaded("bfloat16")
+    assert model.config._attn_implementation == "sdpa_or_one"
+    ours = step(model)
+    model.set_attn_implementation("sdpa")
+    theirs = (step(model) - truth).abs().mean()
+    assert not ours.equal(step(model))  # else nothing was compared
+    assert (ours - truth).abs().mean() < 1.2 * theirs < 0.05
+
+
 @pytest.fixture
 def fake_unsloth(monkeypatch, tiny):
     """A GPU and an unsloth that take notes of what they are asked for."""
