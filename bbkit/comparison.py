@@ -42,6 +42,17 @@ def table(kept: Mapping[str, Any]) -> str:
     return markdown(lines)
 
 
+def sources(kept: Mapping[str, Any]) -> str:
+    """What each arm scores on each data set, strictly and leniently, and on IFEval, as Markdown."""
+    known = {a: effects.draws(rows) for a, rows in effects.models(effects.arms(kept)).items()}
+    asked = [m for m in known["base"] if " on " in m or m.startswith("ifeval_")]
+    heads = [m.replace("domain_lenient on", "leniently:").replace("domain on ", "") for m in asked]
+    lines = [["%", *(h.replace("_", " ") for h in heads)], ["---"] * (len(asked) + 1)]
+    for arm, found in known.items():
+        lines.append([arm, *(report.cell(effects.told(found[m])) for m in asked)])
+    return markdown(lines)
+
+
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
     found = effects.arms(kept)
@@ -187,7 +198,13 @@ def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> li
     return lines
 
 
-BLOCKS = {"arms": table, "changes": changes, "claims": claims, "hypotheses": hypotheses}
+BLOCKS = {
+    "arms": table,
+    "sources": sources,
+    "changes": changes,
+    "claims": claims,
+    "hypotheses": hypotheses,
+}
 
 
 def filled(text: str, kept: Mapping[str, Any], name: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
+BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
 Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws
 
 
@@ -48,21 +49,26 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     `runs` are the item rows of each seed. Two arms asked the same prompts over as many seeds draw
     the same seeds and clusters, so that their differences are paired.
 
-    >>> rows = [{"id": "1", "task": "short", "entity": "e", "scores": {"domain": 0.5}}]
-    >>> draws([rows, rows], 3)["domain"]
-    array([0.5, 0.5, 0.5, 0.5])
+    >>> row = {"id": "1", "task": "short", "entity": "e", "source": "s", "scores": {"domain": 0.5}}
+    >>> draws([[row], [row]], 3)
+    {'domain': array([0.5, 0.5, 0.5, 0.5])}
     """
     import numpy as np
 
     found = {}
-    for name in (*evaluate.MEASURES, *KL):
+    sources = sorted({row["source"] for row in runs[0] if row["task"] != "instruction"})
+    by_source = [f"{measure} on {s}" for s in sources for measure in BY_SOURCE if len(sources) > 1]
+    for name in (*evaluate.MEASURES, *KL, *by_source):
+        measure, _, source = name.partition(" on ")
         cells: list[dict[str, list[float]]] = []
         for rows in runs:
             cells.append({})
             for row in rows:
-                value = row["scores"].get(name)
+                value = row["scores"].get(measure)
                 if name in KL and (row["task"] == "instruction") == (name != "kl"):
                     value = row.get("kl")
+                if source and row["source"] != source:
+                    value = None
                 if value is not None:
                     cell = cells[-1].setdefault(evaluate.cluster(row), [0.0, 0.0])
                     cell[0] += value

@@ -88,10 +88,17 @@ def text(found: Mapping[str, Any]) -> str:
     return f'{{"items": {json.dumps(found["items"])},\n"runs": {{\n{runs}\n}}}}\n'
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | list]:
     names = sorted({name for row in rows for name in row["scores"]})
     columns = {name: [_short(row["scores"].get(name)) for row in rows] for name in names}
-    return columns | {"kl": [_short(row.get("kl")) for row in rows]}
+    columns["kl"] = [_short(row.get("kl")) for row in rows]
+    return {name: _marks(values) for name, values in columns.items()}
+
+
+def _marks(values: list[float | int | None]) -> str | list:
+    """A mark a value where all are 0, 1 or None: a third of the list's length in the file."""
+    known: dict[float | None, str] = {0: "0", 1: "1", None: "-"}
+    return "".join(known[v] for v in values) if set(values) <= set(known) else values
 
 
 def _short(value: float | None) -> float | int | None:
@@ -103,7 +110,7 @@ def _short(value: float | None) -> float | int | None:
 def unpack(found: Mapping[str, Any], name: str) -> Rows:
     """Item rows of one run by stage, those of the run that it was forked from among them.
 
-    >>> run = {"from": None, "scores": {"sft": {"domain": [1, None], "kl": [None, 0.5]}}}
+    >>> run = {"from": None, "scores": {"sft": {"domain": "1-", "kl": [None, 0.5]}}}
     >>> kept = {"items": [["a", "choice", "e", "s"]] * 2, "runs": {"sft-0": run}}
     >>> [row["scores"] for row in unpack(kept, "sft-0")["sft"]]
     [{'domain': 1}, {}]
@@ -113,7 +120,8 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     for stage, columns in run["scores"].items():
         rows[stage] = []
         for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in columns.items() if v[i] is not None}
+            seen = {k: v[i] for k, v in columns.items() if v[i] not in (None, "-")}
+            seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
             kl = {"kl": seen.pop("kl")} if "kl" in seen else {}
             rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
     return rows

@@ -94,7 +94,8 @@ def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
         assert study.main([*words, "--arms", arms]) == 0
     kept = recorded.read(file)
     assert set(kept["runs"]) == {"sft-0", "grpo-0", "full-0"}
-    kept["runs"]["sft-0"]["scores"]["sft"]["format"][0] = 0.123
+    scores = kept["runs"]["sft-0"]["scores"]["sft"]
+    scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
     file.write_text(recorded.text(kept))
     assert study.main([*words, "--arms", "full"]) == 2
     assert "sft-0 scored otherwise there" in capsys.readouterr().err
