@@ -9,7 +9,8 @@ import importlib.util
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -35,6 +36,31 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_: Any) -> None:
     raise Terminated
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: for imports, in which libraries lose them.
+
+    >>> try:
+    ...     with held_back():
+    ...         signal.raise_signal(signal.SIGTERM)
+    ...         print("imported")
+    ... except Terminated:
+    ...     print("and stopped")
+    imported
+    and stopped
+    """
+    came: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, lambda number, _: came.append(number)) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+    if came:
+        raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
 
 
 def exit_code(command: Callable[[], int]) -> int:

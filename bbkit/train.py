@@ -165,10 +165,11 @@ def execute(
     offline: bool = False,
 ) -> None:
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
-    import torch
+    with config.held_back():
+        import torch
 
-    from bbkit import adapters, data, grpo, models, prompts, report, retention, sft
-    from bbkit.callback import Recorder
+        from bbkit import adapters, data, grpo, models, prompts, report, retention, sft
+        from bbkit.callback import Recorder
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
