@@ -43,9 +43,14 @@ def table(kept: Mapping[str, Any]) -> str:
 
 
 def sources(kept: Mapping[str, Any]) -> str:
-    """What each arm scores on each data set, strictly and leniently, and on IFEval, as Markdown."""
+    """What each arm scores on each data set, strictly and leniently, and on IFEval, as Markdown.
+
+    Empty for a record of one data set.
+    """
     known = {a: effects.draws(rows) for a, rows in effects.models(effects.arms(kept)).items()}
     asked = [m for m in known["base"] if " on " in m or m.startswith("ifeval_")]
+    if not asked:
+        return ""
     heads = [m.replace("domain_lenient on", "leniently:").replace("domain on ", "") for m in asked]
     lines = [["%", *(h.replace("_", " ") for h in heads)], ["---"] * (len(asked) + 1)]
     for arm, found in known.items():
@@ -170,6 +175,11 @@ def claims(kept: Mapping[str, Any]) -> str:
     return markdown(lines)
 
 
+def attempted(kept: Mapping[str, Any]) -> str:
+    """The ledger without the claims of which the record has no arms."""
+    return "\n".join(line for line in claims(kept).splitlines() if "not attempted" not in line)
+
+
 def hypotheses(kept: Mapping[str, Any]) -> str:
     """HYPOTHESES as Markdown, with the verdicts of the same rule."""
     return markdown(judged_rows(kept, "hypothesis", HYPOTHESES))
@@ -203,8 +213,15 @@ BLOCKS = {
     "sources": sources,
     "changes": changes,
     "claims": claims,
+    "attempted": attempted,
     "hypotheses": hypotheses,
 }
+
+
+def told(kept: Mapping[str, Any]) -> str:
+    """Every block once, as the commands print them; `attempted` only shortens `claims`."""
+    made = (make(kept) for name, make in BLOCKS.items() if name != "attempted")
+    return "\n\n".join(block for block in made if block)
 
 
 def filled(text: str, kept: Mapping[str, Any], name: str) -> str:
@@ -247,7 +264,7 @@ def _main(args: argparse.Namespace) -> int:
             made = {f"{path.stem}_{n}": draw(kept) for n, draw in studyplots.FIGURES.items()}
             plots.save(args.figures, made)
         elif not args.write:
-            print("\n\n".join(make(kept) for make in BLOCKS.values()))
+            print(told(kept))
     if args.write:
         files.write_bytes(args.write, text.encode())
     return 0

@@ -131,7 +131,7 @@ def _main(args: argparse.Namespace) -> int:
             if args.record.exists():
                 found = recorded.joined(recorded.read(args.record), found, str(args.record))
             files.write_bytes(args.record, recorded.text(found).encode())
-        print("\n\n".join(make(found) for make in comparison.BLOCKS.values()))
+        print(comparison.told(found))
     return 0
 
 

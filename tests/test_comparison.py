@@ -135,6 +135,18 @@ def test_equal_kl_takes_off_what_goes_with_the_distance():
     assert effects.slope(effects.arms(kept)) == pytest.approx(-1.0)
 
 
+def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
+    kept = record(sft=[((0, 0), 0)], grpo=[((1, 0), 1)])
+    assert comparison.sources(kept) == ""  # one data set: nothing to tell apart
+    kept["items"][1][3] = "other"
+    lines = comparison.sources(kept).splitlines()
+    assert lines[0] == "| % | other | s |"
+    assert [cell.split()[0] for cell in lines[-1].split(" | ")[1:]] == ["0.0", "100.0"]
+    shorter, whole = comparison.attempted(kept), comparison.claims(kept)
+    assert "not attempted" in whole and "not attempted" not in shorter
+    assert set(shorter.splitlines()) < set(whole.splitlines()) and "grpo − sft" in shorter
+
+
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
     runs = {}
     for seed, ratio in ((0, 0.5), (1, 2.0), (2, None)):

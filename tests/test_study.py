@@ -74,7 +74,7 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
     words = ["--table", "--arms", "grpo,full", "--seeds", "0", "--out", str(made)]
     assert study.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
-    told = "\n\n".join(make(kept) for make in comparison.BLOCKS.values())
+    told = comparison.told(kept)
     assert told == capsys.readouterr().out.strip()
     assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
     assert "reply" not in (tmp_path / "study.json").read_text()
