@@ -1,7 +1,8 @@
 """Recorded runs of a study in one small file: what tables, figures and notebooks are made from.
 
-Serves every claim that README states. Replies are left out; a score of each held-out prompt, what
-training logged, and the command and versions of each run are kept.
+Serves every claim that README states. Kept are a score of each held-out prompt, the reply to the
+first prompt of each data set, what training logged, and the command and versions of each run. No
+prompt of others is.
 """
 
 import json
@@ -46,6 +47,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             "versions": manifest["versions"], "from": source,
             "grpo": manifest["settings"]["grpo"] if source else None,
             "scores": {stage: _columns(rows) for stage, rows in kept.items()},
+            "replies": {stage: _first_replies(rows) for stage, rows in kept.items()},
             "log": {name: [_short(row.get(name)) for row in logged] for name in names},
             "noise": files.read_json(probe)["noise"] if probe.exists() else None,
         }  # fmt: skip
@@ -93,6 +95,12 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | list]:
     columns = {name: [_short(row["scores"].get(name)) for row in rows] for name in names}
     columns["kl"] = [_short(row.get("kl")) for row in rows]
     return {name: _marks(values) for name, values in columns.items()}
+
+
+def _first_replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """The id and reply of the first prompt of each data set, the same prompts in every run."""
+    first = {row["source"]: row for row in reversed(rows)}
+    return {name: {"id": row["id"], "reply": row["reply"]} for name, row in first.items()}
 
 
 def _marks(values: list[float | int | None]) -> str | list:

@@ -77,8 +77,12 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
     told = comparison.told(kept)
     assert told == capsys.readouterr().out.strip()
     assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
-    assert "reply" not in (tmp_path / "study.json").read_text()
     rows = read_rows(made / "full-0" / "evaluation" / "grpo.jsonl")
+    text = (tmp_path / "study.json").read_text()
+    assert not any(row["question"] in text for row in rows)
+    first = rows[0]
+    told = kept["runs"]["full-0"]["replies"]["grpo"][first["source"]]
+    assert told == {"id": first["id"], "reply": first["reply"]}
     again = recorded.unpack(kept, "full-0")
     assert set(again) == {"base", "sft", "grpo"}
     for ours, row in zip(again["grpo"], rows, strict=True):
