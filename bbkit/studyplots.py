@@ -1,7 +1,7 @@
 """Figures of a recorded study: the front, forgetting against distance, what training logged.
 
 Serves the claims ledger: `python -m bbkit.comparison RECORD --figures DIR` draws them. One colour
-an arm throughout (Okabe and Ito's, then markers); bars are 95 % intervals over seeds and prompts.
+of Okabe and Ito's an arm throughout; bars are 95 % intervals over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -18,72 +18,104 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "oDs^vP*X"
+STYLES: dict[str, dict[str, Any]] = {
+    "base": {"color": "#777777", "marker": "o"},
+    "sft": {"color": "#777777", "marker": "s"},
+    "averaging": {"color": "#0072B2", "marker": "o"},
+    "sft_retention": {"color": "#D55E00", "marker": "D"},
+    "grpo": {"color": "#009E73", "marker": "s"},
+    "gdpo": {"color": "#CC79A7", "marker": "^"},
+    "static": {"color": "#E69F00", "marker": "v"},
+    "dynamic": {"color": "#56B4E9", "marker": "P"},
+    "full": {"color": "#000000", "marker": "*"},
+}
+OTHER = {"color": "#AAAAAA", "marker": "x"}  # more arms than a reader can tell apart by colours
 LEVELS = (0.2, 0.4, 0.6)  # hypervolume, drawn as lines of equal product
 
 
-def style(arms: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each arm; the untrained model and SFT are grey."""
-    found: dict[str, dict[str, Any]] = {"base": {"color": "#777777", "marker": "o"}}
-    found["sft"] = {"color": "#777777", "marker": "s"}
-    for i, arm in enumerate(a for a in arms if a not in found):
-        found[arm] = {"color": COLORS[i % 7], "marker": MARKERS[i % 8]}
-    return found
+def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
+    """Domain accuracy against general instruction following; each arm's hypervolume by `first`'s.
 
-
-def front(kept: Mapping[str, Any]) -> Figure:
-    """Domain accuracy against general instruction following, an arm a mark, its seeds small."""
+    Left the arms of STYLES with intervals, their seeds small; right all that share seeds with
+    `first`, as changes.
+    """
     import numpy as np
 
     found = effects.arms(kept)
-    styles = style(found)
-    figure, axis = new_figure(7.2, 5.2)
-    best, most = "", 0.0
+    figure, (axis, right) = new_figure(9.6, 5.2, 1, 2, width_ratios=(3, 2))
     for arm, rows in effects.models(found).items():
+        kind = STYLES.get(arm, OTHER)
         drawn = effects.draws(rows)
         (x, *xs), (y, *ys) = (percent(effects.told(drawn[m])) for m in ("general", "domain"))
+        if arm not in STYLES:
+            axis.plot(x, y, kind["marker"], color=kind["color"], ms=5, zorder=4)
+            continue
         bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
-        kind = styles[arm]
         axis.errorbar(x, y, **bars, color=kind["color"], alpha=0.45, lw=1, capsize=2)
         axis.plot(x, y, kind["marker"], color=kind["color"], ms=9, label=arm, zorder=5)
         for row in rows:
             one = effects.draws([row], 0)
             small = 100 * one["general"][0], 100 * one["domain"][0]
             axis.plot(*small, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
-        if x * y > most:
-            best, most = arm, x * y
+    if set(found) - set(STYLES):
+        axis.plot([], [], OTHER["marker"], color=OTHER["color"], ms=5, label="the others")
     low = axis.get_xlim()[0]
+    top = 100 if max(axis.get_ylim()) > 40 else None
     for level in LEVELS:
         line = np.linspace(max(low, 100 * level), 100, 50)
         axis.plot(line, 1e4 * level / line, ":", color="#999999", lw=1)
-        axis.text(100, 100 * level, f" {100 * level:.0f}", va="center", fontsize=8, color="#777777")
-    axis.set(xlim=(low, 100), ylim=(-3, 100))
+        if top:
+            axis.text(100, 100 * level, f" {100 * level:.0f}", va="center", fontsize=8)
+    axis.set(xlim=(low, 100), ylim=(-3, top))
     axis.set_xlabel("general instruction following, held out (%)", color=color("instruction"))
     axis.set_ylabel("domain accuracy, held out (%)", color=color("domain"))
     axis.legend(ncols=2, frameon=False, loc="lower left", fontsize=8.5)
+    changes = _changes(right, found, first)
     return captioned(
         figure,
-        "Every arm's last model; small marks are single seeds, dotted lines equal hypervolume. "
-        f"Up and right is better. Notice how the intervals of the arms overlap: {best} has the "
-        f"largest hypervolume, {most / 100:.0f} %, by less than they are wide.",
+        "Left: every arm's last model; small marks are single seeds, dotted lines equal "
+        f"hypervolume (their product). Up and right is better. Right: hypervolume minus {first}'s "
+        f"on the same seeds, 95 % intervals over seeds and prompts; {changes}.",
     )
+
+
+def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
+    """A bar an arm: its hypervolume minus that of `first`; says how many are clear of 0."""
+    names: list[str] = []
+    above = below = 0
+    for arm in found:
+        known, seeds = effects.change(found, first, arm) if arm != first else ({}, 0)
+        if "hypervolume" not in known:
+            continue
+        middle, low, high = percent(effects.told(known["hypervolume"]))
+        kind, at = STYLES.get(arm, OTHER), -len(names)
+        axis.plot([low, high], [at, at], color=kind["color"], lw=2)
+        axis.plot(middle, at, kind["marker"], color=kind["color"], ms=7)
+        names.append(f"{arm} ({seeds})")
+        above += low > 0
+        below += high < 0
+    axis.axvline(0, color="#999999", lw=0.8)
+    axis.set_yticks([-i for i in range(len(names))], names, fontsize=8)
+    axis.set(xlabel="hypervolume minus that of " + first + " (points)")
+    return f"clear of 0 are {above} above and {below} below, the number of seeds in brackets"
 
 
 def forgetting(kept: Mapping[str, Any]) -> Figure | None:
     """General instruction following lost against KL to the base, a run a mark."""
     found = effects.arms(kept)
-    styles, per_nat = style(found), effects.slope(found)
+    per_nat, named = effects.slope(found), set()
     figure, axis = new_figure(7.2, 4.4)
     farthest = 0.0
     for arm, by_seed in found.items():
-        for n, rows in enumerate(by_seed.values()):
+        for rows in by_seed.values():
             tuned, base = (effects.draws([r], 0) for r in (effects.last(rows), rows["base"]))
             if "kl_instruction" not in tuned or "general" not in tuned:
                 return None
-            x, kind = float(tuned["kl_instruction"][0]), styles[arm]
+            x, kind = float(tuned["kl_instruction"][0]), STYLES.get(arm, OTHER)
             lost = 100 * float(base["general"][0] - tuned["general"][0])
-            name = {} if n else {"label": arm}
+            label = arm if arm in STYLES else "the others"
+            name = {} if label in named else {"label": label}
+            named.add(label)
             axis.plot(x, lost, kind["marker"], color=kind["color"], ms=7, **name)
             farthest = max(farthest, x)
     axis.plot([0, farthest], [0, -100 * per_nat * farthest], "--", color="#777777", lw=1)
@@ -149,11 +181,10 @@ SCHEMES = {"grpo": "grpo", "dr_grpo": "dr_grpo", "gdpo": "gdpo", "capability": "
 def noise(kept: Mapping[str, Any]) -> Figure | None:
     """Gradient noise over signal where entropy is low and high, by the scheme of the advantages."""
     probes = [run["noise"] for run in kept["runs"].values() if run["noise"]]
-    styles = style(dict.fromkeys([*effects.arms(kept), *SCHEMES.values()]))
     figure, axis = new_figure(7.2, 3.8)
     seeds = 0
     for i, (scheme, arm) in enumerate(SCHEMES.items()):
-        kind = styles[arm]
+        kind = STYLES.get(arm, {"color": "#D55E00", "marker": "D"})
         for at, half in enumerate(("low", "high")):
             seen = [p[scheme][half] for p in probes if p[scheme][half] and p[scheme][half] > 0]
             if len(seen) < 2:

@@ -198,9 +198,17 @@ def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
     assert "not a record" in capsys.readouterr().err
 
 
-def test_no_two_arms_look_alike():
-    kinds = studyplots.style(dict.fromkeys([*study.ARMS, "base", "sft"])).values()
-    assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(study.ARMS) + 2
+def test_no_two_arms_look_alike_and_the_rest_are_said_to_be_others():
+    kinds = [*studyplots.STYLES.values(), studyplots.OTHER]
+    assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(kinds)
+    assert set(studyplots.STYLES) - {"base", "sft"} <= set(study.ARMS)
+    half, none, all_ = ((0.5, 0.5), 1), ((0, 0), 1), ((1, 1), 1)
+    kept = record(sft=[none], grpo=[half], random=[all_], judged=[none])
+    left, right = studyplots.front(kept).axes
+    assert left.get_legend_handles_labels()[1] == ["base", "sft", "grpo", "the others"]
+    named = [label.get_text() for label in right.get_yticklabels()]
+    assert named == ["sft (1)", "random (1)", "judged (1)"]
+    assert "clear of 0 are 1 above and 2 below" in studyplots.front(kept).get_supxlabel()
 
 
 def test_figures_of_a_record(tmp_path):
