@@ -1,11 +1,12 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
-Serves every comparison between methods. Arms of one seed share the base and the SFT, which is
-trained once; GRPO then starts from the very same adapter. Each arm is an ordinary run folder, made
+Serves every comparison between methods. All runs share what the base replied, and arms of one seed
+the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary run folder, made
 by the command that its run.json names, so that a single row can be run again by hand.
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -61,6 +62,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dynamic_fast": (*_arm(), "grpo.controller.rate=1.0"),
     "static_unfloored": (*_arm(rule="fixed"), "grpo.sigma_floor=0.01"),
 }
+BASE = ("model", "data", "evaluation")  # the settings that say what the untrained model is asked
 MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # Two arms, two seeds and a quarter of the steps: what a workshop has time for.
 QUICK = {"arms": "grpo,full", "seeds": "0,1", "set": ["grpo.steps=15", "grpo.save_steps=15"]}
@@ -159,7 +161,7 @@ def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
         settings = config.load(args.preset, None, _overrides(args, row))
         stages = ("grpo",) if row.shared else ("sft", "grpo")
         one = minutes.estimate(args.preset, settings, ("evaluate",)).get("evaluate", 0.0)
-        evaluations = 1 if row.shared else 2
+        evaluations = 1 + (row is rows[0])  # the base, which all others take from it
         evaluated = 1 + bool(settings.sft.steps) + bool(settings.grpo.steps)
         spent += sum(minutes.estimate(args.preset, settings, stages).values())
         spent += one * evaluations / evaluated
@@ -182,9 +184,12 @@ def _train(args: argparse.Namespace, row: Row) -> None:
     words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
     words += ["--offline"] if args.offline else []
     settings = config.to_dict(config.load(args.preset, None, overrides))
-    if not (folder / "run.json").exists() and row.shared:
-        fork(row.shared, folder, settings, words)
-    elif (folder / "run.json").exists():
+    if not (folder / "run.json").exists():
+        if row.shared:
+            fork(row.shared, folder, settings, words)
+        elif other := _same_base(folder.parent, settings):
+            fork(other, folder, settings, words, base_only=True)
+    else:
         manifest = files.read_json(folder / "run.json")
         if change := _other(manifest["settings"], settings):
             raise InputError(f"{folder}: {change}; undo it or use another --out")
@@ -239,23 +244,52 @@ def _other(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return record.first_difference(theirs, ours)
 
 
-def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Sequence[str]) -> None:
+def _same_base(out: Path, settings: Mapping[str, Any]) -> Path | None:
+    """A run under `out` that has evaluated the same base on the same prompts."""
+    for path in sorted(out.glob("sft-*/run.json")):
+        manifest = files.read_json(path)
+        same = all(manifest["settings"][part] == files.plain(settings)[part] for part in BASE)
+        if same and "evaluate base" in manifest["stages"]:
+            return path.parent
+    return None
+
+
+def fork(
+    source: Path,
+    target: Path,
+    settings: Mapping[str, Any],
+    command: Sequence[str],
+    base_only: bool = False,
+) -> None:
     """Begin the run of `command` in `target` with the base and SFT of the finished run `source`.
 
+    With `base_only` with what the base replied there, which no seed of training changes.
     Raises InputError where other settings than `grpo`'s differ: then the SFT would be another one.
     """
     manifest = files.read_json(source / "run.json")
-    if change := _other(manifest["settings"], {**settings, "grpo": manifest["settings"]["grpo"]}):
+    grpo = manifest["settings"]["grpo"]
+    if not base_only and (change := _other(manifest["settings"], {**settings, "grpo": grpo})):
         raise InputError(f"{source}: cannot go on from its SFT, {change}")
     half = target.with_name(f".{target.name}")
     shutil.rmtree(half, ignore_errors=True)
     with files.guarded(half):
-        own = shutil.ignore_patterns("checkpoint-*", ".lock", "probe.json")
-        shutil.copytree(source, half, ignore=own)
+        left = ["checkpoint-*", ".lock", "probe.json", "report.md"]
+        left += ["sft", "sft.jsonl", "anchors.jsonl", "metrics.jsonl"] if base_only else []
+        shutil.copytree(source, half, ignore=shutil.ignore_patterns(*left))
         for made_later in ("adapter", "figures"):
             shutil.rmtree(half / made_later, ignore_errors=True)
         manifest |= {"settings": files.plain(settings), "status": "forked", "end": None}
-        manifest |= {"forked_from": source.name, "command": shlex.join(command)}
+        manifest |= {"command": shlex.join(command)}
+        if base_only:
+            manifest |= {"base_from": source.name, "sessions": []}
+            manifest["stages"] = {"evaluate base": manifest["stages"]["evaluate base"]}
+            measures = files.read_json(half / "evaluation.json")
+            files.write_json(half / "evaluation.json", {"base": measures["base"]})
+            lines = (half / "samples.jsonl").read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["stage"] == "base"]
+            files.write_bytes(half / "samples.jsonl", b"".join(kept))
+        else:
+            manifest |= {"forked_from": source.name}
         files.write_json(half / "run.json", manifest)
         half.rename(target)
 

@@ -274,9 +274,8 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found))
     files.write_bytes(folder / f"{stage}.jsonl", lines.encode())
     run.evaluation(stage, evaluate.summary(found, section.bootstrap))
-    if stage == "base":
-        trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
-        run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
+    trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
+    run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
     written = report.item_rows(run.folder)
     run.evaluation("difference", evaluate.changes(written, section.bootstrap))
     run.evaluation("kl", evaluate.divergences(written, section.bootstrap))

@@ -143,6 +143,32 @@ def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path, 
     assert json.loads((tmp_path / "sft-0" / "run.json").read_text())["status"] == "interrupted"
 
 
+def test_seeds_share_what_the_base_replied(made, tmp_path):
+    """The untrained model answers once a study; a seed's run is the run of its own command."""
+    from bbkit import train
+
+    out = tmp_path / "two"
+    for seeds in ("0", "0,1"):  # the second study goes on from the first
+        assert study.main(["--arms", "averaging", "--seeds", seeds, "--out", str(out), *TINY]) == 0
+    shared = out / "sft-1"
+    manifest = read_json(shared / "run.json")
+    assert manifest["base_from"] == "sft-0" and "forked_from" not in manifest
+    assert read_json(out / "averaging-1" / "run.json")["base_from"] == "sft-0"
+    words = manifest["command"].split()[3:]
+    words[words.index("--out") + 1] = str(tmp_path / "alone")
+    assert train.main(words) == 0
+    alone = tmp_path / "alone"
+    file = "adapter/adapter_model.safetensors"
+    assert (shared / file).read_bytes() == (alone / file).read_bytes()
+    for name in ("evaluation/base.jsonl", "evaluation/sft.jsonl", "samples.jsonl"):
+        assert read_rows(shared / name) == read_rows(alone / name)
+    assert read_json(shared / "evaluation.json") == read_json(alone / "evaluation.json")
+    assert [r["step"] for r in read_rows(shared / "metrics.jsonl")] == [1, 2]
+    words = ["--arms", "averaging", "--seeds", "2", "--out", str(out), *TINY]
+    assert study.main([*words, "--set", "evaluation.questions=5"]) == 0
+    assert "base_from" not in read_json(out / "sft-2" / "run.json")  # it was asked other questions
+
+
 def test_another_sft_is_not_carried_over(made, tmp_path):
     settings = config.to_dict(config.load("pocket", None, ["sft.steps=3"]))
     with pytest.raises(InputError, match=r"cannot go on from its SFT, "):
