@@ -1,8 +1,8 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
 Serves every comparison between methods. All runs share what the base replied, and arms of one seed
-the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary run folder, made
-by the command that its run.json names, so that a single row can be run again by hand.
+the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary
+run folder, made by the command that its run.json names, so that a single row can be run again.
 """
 
 import argparse
