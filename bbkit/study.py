@@ -279,7 +279,7 @@ def fork(
         for made_later in ("adapter", "figures"):
             shutil.rmtree(half / made_later, ignore_errors=True)
         manifest |= {"settings": files.plain(settings), "status": "forked", "end": None}
-        manifest |= {"command": shlex.join(command)}
+        manifest |= {"command": shlex.join(command), "git": record.machine()["git"]}
         if base_only:
             manifest |= {"base_from": source.name, "sessions": []}
             manifest["stages"] = {"evaluate base": manifest["stages"]["evaluate base"]}
