@@ -1,11 +1,14 @@
-"""What makes generation on a CPU several times quicker: attention of one token, the last layer.
+"""What makes generation on a CPU quicker: attention of one token, the last layer, kept memory.
 
 Serves no claim; without it the evaluation of SmolLM2 takes a CPU hours. Measured on one core in
-bfloat16, 64 prompts of MMLU, 128 new tokens, torch 2.13: 74 s before, 32 s after.
+bfloat16, 64 prompts of MMLU, 128 new tokens, torch 2.13: 74 s before, 32 s after the first two;
+with an adapter, 40 of them and 24 tokens: 33 s before, 26 s after the third.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ def quicken(model: Any) -> None:
 
     In float32 only the last layer's input changes, and no bit of what comes out.
     """
+    keep_memory()
     # A slice such as [:, -1:] makes the product with the vocabulary a batched one, for which torch
     # copies the transposed weights once a sequence: 2.7 GB and 5 s for 48 sequences of SmolLM2.
     head = model.get_output_embeddings()
@@ -27,6 +31,21 @@ def quicken(model: Any) -> None:
         AttentionInterface.register("sdpa_or_one", attend)
         AttentionMaskInterface.register("sdpa_or_one", sdpa_mask)
         model.set_attn_implementation("sdpa_or_one")
+
+
+def keep_memory() -> bool:
+    """Let this process reuse the memory that it frees, up to 1 GB of it; False where it cannot.
+
+    The C library of Linux hands each large block back at once, and a new one comes zeroed page by
+    page: a fifth of the time of generation.
+
+    >>> keep_memory() == (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"))
+    True
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return False  # macOS, Windows; musl
+    trim_threshold, mmap_max = -1, -4  # names in malloc.h of glibc
+    return bool(libc.mallopt(trim_threshold, 2**30) and libc.mallopt(mmap_max, 0))
 
 
 def attend(

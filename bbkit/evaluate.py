@@ -29,6 +29,7 @@ MEASURES = (
     "ifeval_loose",
     "ifeval_answer_strict",
 )
+PART = 32  # tokens
 
 
 def generate(
@@ -44,7 +45,6 @@ def generate(
     A batch takes at most `batch_tokens` tokens of prompts and replies together, or one prompt.
     Returns decoded text without special tokens. The model's training mode is restored.
     """
-    import torch
 
     texts = [
         tokenizer.apply_chat_template(
@@ -66,14 +66,7 @@ def generate(
             [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left",
             add_special_tokens=False,
         ).to(model.device)  # fmt: skip
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                max_new_tokens=max_new_tokens, do_sample=False,
-                temperature=None, top_p=None, top_k=None,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        new = out[:, batch["input_ids"].shape[1] :]
+        new = _greedy(model, tokenizer, batch, max_new_tokens)
         for i, text in zip(
             chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
         ):
@@ -82,6 +75,36 @@ def generate(
             progress(len(chosen))
     model.train(was_training)
     return replies
+
+
+def _greedy(model, tokenizer, batch, max_new_tokens: int) -> list[list[int]]:
+    """New tokens of each row; rows that have ended leave the batch after every PART tokens."""
+    import torch
+
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache, start = None, ids.shape[1]
+    found: list[list[int]] = [[] for _ in ids]
+    left = list(range(len(ids)))
+    while left:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache,
+                max_new_tokens=min(PART, start + max_new_tokens - ids.shape[1]),
+                do_sample=False, temperature=None, top_p=None, top_k=None,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        ids, cache = out.sequences, out.past_key_values
+        for row, i in enumerate(left):
+            found[i] = ids[row, start:].tolist()
+        ended = (ids[:, start:] == tokenizer.eos_token_id).any(1)
+        stay = (~ended).nonzero()[:, 0]
+        if ids.shape[1] == start + max_new_tokens or not len(stay):
+            return found
+        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)
+        ids, mask, left = ids[stay], mask[stay], [left[row] for row in stay.tolist()]
+        cache.batch_select_indices(stay)
+    return found
 
 
 def divergence(
@@ -100,7 +123,9 @@ def divergence(
     was_training = model.training
     model.eval()
     for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
+        first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
         inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs |= {"logits_to_keep": ids.shape[1] - first}
         with torch.no_grad():
             ours = model(**inputs).logits.float().log_softmax(-1)
             with model.disable_adapter():
@@ -108,7 +133,7 @@ def divergence(
         tokens = (ours.exp() * (ours - bases)).sum(-1)
         for row, i in enumerate(chosen):
             whole, start = rows[i]
-            found[i] = tokens[row, start - 1 : len(whole) - 1].mean().item()
+            found[i] = tokens[row, start - 1 - first : len(whole) - 1 - first].mean().item()
     model.train(was_training)
     return found
 
