@@ -59,6 +59,21 @@ def test_differences_are_paired_and_signed():
     assert evaluate.difference(before, shuffled, 100)["domain"]["value"] == 1.0
 
 
+def test_replies_are_those_of_a_prompt_alone_whenever_ended_ones_leave_the_batch(monkeypatch):
+    model, tokenizer = models.load(config.load("pocket").model)
+    alone = [evaluate.generate(model, tokenizer, [e], 12, 1)[0] for e in ROWS]
+    lengths = {len(tokenizer(reply)["input_ids"]) for reply in alone}
+    assert min(lengths) < 5 and max(lengths) == 12  # some end early, some never
+    sizes, whole = [], model.generate
+    model.generate = lambda **given: sizes.append(len(given["input_ids"])) or whole(**given)
+    for part in (5, 32):
+        monkeypatch.setattr(evaluate, "PART", part)
+        assert evaluate.generate(model, tokenizer, ROWS, 12, 10**6) == alone
+        assert sizes[0] == len(ROWS) and sizes == sorted(sizes, reverse=True)
+        assert (sizes[-1] < len(ROWS)) == (part < 12)
+        sizes.clear()
+
+
 def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
     torch.manual_seed(0)
     model, tokenizer = models.load(config.load("pocket").model)
