@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from bbkit import files
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.hub import one_line, reading
 from bbkit.models import protect_4bit, rebuild
 

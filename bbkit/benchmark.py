@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record
-from bbkit.config import CannotRun
+from bbkit.errors import CannotRun, exit_code
 
 WORDS = "fever cough rash virus worm liver blood skin lung bone".split()
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

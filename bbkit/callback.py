@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from bbkit import adapters, files, health, processes, record
-from bbkit.config import InputError, Settings, Unhealthy
+from bbkit.config import Settings
+from bbkit.errors import InputError, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
 LEFT_OUT = ("epoch", "num_tokens")

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from bbkit import gradients, weighting
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 METRICS = ("euclidean", "adam")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 COMBINATIONS = ("sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dual_cone", "random")
 

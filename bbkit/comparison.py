@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, effects, files, recorded, report
-from bbkit.config import InputError
+from bbkit import effects, files, recorded, report
+from bbkit.errors import InputError, exit_code
 
 SHOWN = {
     "domain": "domain",
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--write", type=Path, metavar="FILE", help="such as README.md")
     p.add_argument("--figures", type=Path, metavar="DIR", help="draw into DIR/figures")
     args = p.parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -7,82 +7,14 @@ rates, warm-up, masking, loss) is a key here, so that settings mean the same wit
 import difflib
 import importlib.util
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-
-class InputError(Exception):
-    """Bad input or configuration: one line naming file, row or key and the mend; exit code 2."""
-
-
-class CannotRun(Exception):
-    """The run cannot be done on this machine (memory, GPU, package); exit code 3."""
-
-
-class Unhealthy(Exception):
-    """Training went wrong (NaN loss or gradient); exit code 4."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler sends it: to this process, not to those that it started."""
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block: for imports, in which libraries lose them.
-
-    >>> try:
-    ...     with held_back():
-    ...         signal.raise_signal(signal.SIGTERM)
-    ...         print("imported")
-    ... except Terminated:
-    ...     print("and stopped")
-    imported
-    and stopped
-    """
-    came: list[int] = []
-    stops = (signal.SIGINT, signal.SIGTERM)
-    before = {stop: signal.signal(stop, lambda number, _: came.append(number)) for stop in stops}
-    try:
-        yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-    if came:
-        raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
-
-
-def exit_code(command: Callable[[], int]) -> int:
-    """What a command line ends with: `command`'s own code, or a known error's after its one line.
-
-    SIGTERM is taken as Ctrl-C.
-
-    >>> exit_code(lambda: 0)
-    0
-    """
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return command()
-    except (InputError, CannotRun, Unhealthy) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return {InputError: 2, CannotRun: 3, Unhealthy: 4}[type(error)]
-    except KeyboardInterrupt:
-        print("interrupted: what is saved stays; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
+from bbkit.errors import InputError
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
 Count = Annotated[int, (1, None)]
@@ -246,7 +178,7 @@ def load(
     3
     >>> load(overrides=["grpo.stepz=3"])
     Traceback (most recent call last):
-    bbkit.config.InputError: --set grpo.stepz=3: unknown key grpo.stepz; did you mean grpo.steps?
+    bbkit.errors.InputError: --set grpo.stepz=3: unknown key grpo.stepz; did you mean grpo.steps?
     """
     settings = Settings()
     if preset is not None:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bbkit import config, data, files
-from bbkit.config import InputError
+from bbkit import data, files
+from bbkit.errors import InputError, exit_code
 from bbkit.prompts import Example
 
 GRAM = 13  # words, as in GPT-3's report (arXiv 2005.14165, appendix C)
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--tests", metavar="CARD,…", help="only these test sets (default: all)")
     p.add_argument("--write", action="store_true", help="put the tables into the data cards")
     args = p.parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

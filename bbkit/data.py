@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 from bbkit.layouts import fields, normal, parse
 from bbkit.prompts import Example
 

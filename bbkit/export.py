@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, data, files, report
-from bbkit.config import InputError
+from bbkit.errors import InputError, exit_code
 
 ASKED = "Name one cause of fever."  # the prompt on which the merged model is held to the adapter
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

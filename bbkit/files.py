@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bbkit.config import CannotRun, InputError, Unhealthy
+from bbkit.errors import CannotRun, InputError, Unhealthy
 
 MARKER = "complete.json"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bbkit.combination import COMBINATIONS, combine
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 __all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "replay", "watch"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record, scorecard
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError, exit_code
 from bbkit.tasks import utils
 
 SUBJECTS = (
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
     command = ["python", "-m", "bbkit.evaluate", *given]
-    return config.exit_code(lambda: _main(args, command))
+    return exit_code(lambda: _main(args, command))
 
 
 def _main(args: argparse.Namespace, command: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import files
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 POCKET = Path(__file__).parent / "pocket"
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a Hub model; no pickles
@@ -28,7 +28,7 @@ def locate(
 
     >>> locate("./nowhere")
     Traceback (most recent call last):
-    bbkit.config.InputError: model ./nowhere: no such folder or file, and not a Hub id (owner/name)
+    bbkit.errors.InputError: model ./nowhere: no such folder or file, and not a Hub id (owner/name)
     """
     path = POCKET if name == "pocket" else Path(name).expanduser()
     if path.is_dir() or name == "pocket":

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 from bbkit.prompts import split_reply
 
 # What these checkers' regular expressions cannot match makes them quadratic: 1 MB takes an hour.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.prompts import Example
 
 WORDS = (

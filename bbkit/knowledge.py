@@ -10,7 +10,7 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 FACTS = Path(__file__).parent / "pocket" / "facts.tsv"
 SPLITS = ("train", "validation", "test")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 
 def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bbkit import hub
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 if TYPE_CHECKING:
     from bbkit.config import Model as ModelSettings

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bbkit import cpu, hub, memory
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

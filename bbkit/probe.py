@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError, exit_code
 
 OURS = "capability + dual_cone"
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import os
 import sys
 from datetime import timedelta
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 
 def count() -> int:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import processes
-from bbkit.config import CannotRun, InputError, Settings, leaves, to_dict
+from bbkit.config import Settings, leaves, to_dict
+from bbkit.errors import CannotRun, InputError
 from bbkit.files import MARKER, guarded, plain, read_json, read_rows, write_bytes, write_json
 
 try:
@@ -38,7 +39,7 @@ def resolve_resume(resume: str, out: Path) -> Path | None:
 
     >>> resolve_resume("nowhere", Path("somewhere"))
     Traceback (most recent call last):
-    bbkit.config.InputError: --resume nowhere: no such folder; give a run folder, auto or no
+    bbkit.errors.InputError: --resume nowhere: no such folder; give a run folder, auto or no
     """
     if resume == "no" or (resume == "auto" and not _begun(out)):
         return None

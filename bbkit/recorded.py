@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import files, report
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 ITEM = ("id", "task", "entity", "source")
 LOGGED = ("reward/", "weight/", "coefficient/", "cosine/", "entropy", "unparsed")
@@ -71,7 +71,7 @@ def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[
     >>> a, b = ({"items": [], "runs": {"sft-0": {"scores": {"sft": value}}}} for value in (0, 1))
     >>> joined(a, b, "pocket.json")
     Traceback (most recent call last):
-    bbkit.config.InputError: pocket.json: sft-0 scored otherwise there; record other seeds, or ...
+    bbkit.errors.InputError: pocket.json: sft-0 scored otherwise there; record other seeds, or ...
     """
     if kept["items"] != more["items"]:
         raise InputError(f"{name}: its runs answered other prompts; record into another file")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, health
-from bbkit.config import InputError
+from bbkit.errors import InputError, exit_code
 from bbkit.files import read_json, read_rows, write_bytes
 from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
 
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bbkit.report", description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     folders = parser.parse_args(argv).runs
-    return config.exit_code(lambda: _main(folders))
+    return exit_code(lambda: _main(folders))
 
 
 def _main(folders: Sequence[Path]) -> int:

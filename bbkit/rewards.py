@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from bbkit import instructions, knowledge, prompts
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.prompts import Example
 
 MAX_REASONING = 6000  # characters; longer is no use to a reader and scores 0
@@ -113,7 +113,7 @@ def validate(examples: Iterable[Example]) -> None:
 
     >>> validate([Example("q1", "choice", "Cause?", options=("virus", "worm"), answer="fungus")])
     Traceback (most recent call last):
-    bbkit.config.InputError: examples row 1 (id q1): the gold answer 'fungus' is not an option; ...
+    bbkit.errors.InputError: examples row 1 (id q1): the gold answer 'fungus' is not an option; ...
     """
     for row, example in enumerate(examples, 1):
         if fault := _fault(example):

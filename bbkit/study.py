@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bbkit import comparison, config, files, minutes, record, recorded
-from bbkit.config import CannotRun, InputError, Unhealthy
+from bbkit.errors import CannotRun, InputError, Terminated, Unhealthy, exit_code
 
 
 def _arm(
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
-    return config.exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -215,7 +215,7 @@ def _run(words: Sequence[str], folder: Path) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt as stop:
-        if isinstance(stop, config.Terminated):
+        if isinstance(stop, Terminated):
             process.terminate()
         process.wait()  # Ctrl-C has reached it too; it takes some seconds to save
         raise

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bbkit import config, files, processes, record
-from bbkit.config import InputError, Settings
+from bbkit.config import Settings
+from bbkit.errors import InputError, exit_code, held_back
 from bbkit.prompts import Example
 
 STAGES = ("sft", "grpo", "evaluate")
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     args = parser().parse_args(argv)
     words = ["python", "-m", "bbkit.train", *(sys.argv[1:] if argv is None else argv)]
-    return config.exit_code(lambda: _main(args, words))
+    return exit_code(lambda: _main(args, words))
 
 
 def _main(args: argparse.Namespace, command: list[str]) -> int:
@@ -165,7 +166,7 @@ def execute(
     offline: bool = False,
 ) -> None:
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
-    with config.held_back():
+    with held_back():
         import torch
 
         from bbkit import adapters, data, grpo, models, prompts, report, retention, sft

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 SCHEMES = ("capability", "gdpo", "grpo", "dr_grpo")
 EPSILON = 1e-4  # TRL's, added to a standard deviation

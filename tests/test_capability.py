@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bbkit import adapters, config, gradients, models
 from bbkit.capability import capability_aware
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
 

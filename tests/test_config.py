@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbkit import config
-from bbkit.config import InputError, Settings, from_dict, leaves, load, to_dict, to_yaml
+from bbkit.config import Settings, from_dict, leaves, load, to_dict, to_yaml
+from bbkit.errors import InputError
 
 FOLDER = Path(config.__file__).parent / "presets"
 KEYS = list(leaves(to_dict(Settings())))

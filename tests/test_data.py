@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bbkit import contamination, data, layouts
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 
 CARDS = Path(__file__).parents[1] / "data_cards"
 NAMES = ["constraints", "general_instructions", "ifeval", "medmcqa", "medqa", "mmlu_medical"]

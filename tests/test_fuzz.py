@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bbkit import config, files, layouts, prompts, record, report, rewards
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 from bbkit.extraction import extract_choice
 from bbkit.ifeval import final_answer
 from bbkit.prompts import TAGS, Example

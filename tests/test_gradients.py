@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bbkit import adapters, config, gradients, models
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 from bbkit.gradients import Capture, capability_gradients, combine, watch
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbkit import ifeval
-from bbkit.config import CannotRun, InputError
+from bbkit.errors import CannotRun, InputError
 from bbkit.ifeval import final_answer, score_ifeval, shares
 
 pytest.importorskip("lm_eval", reason="IFEval needs pip install -e '.[eval]'")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bbkit import instructions
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.instructions import KINDS, SEEN, UNSEEN, check, constrain, example, examples
 from bbkit.prompts import Example
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from bbkit import data, evaluate, knowledge, questions
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.pocket import facts as recipe
 
 SPLITS = knowledge.SPLITS

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bbkit import adapters, memory, models
-from bbkit.config import CannotRun, InputError, Model
+from bbkit.config import Model
+from bbkit.errors import CannotRun, InputError
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -10,7 +10,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.files import read_json, read_rows
 from bbkit.processes import share
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbkit import files, record
-from bbkit.config import CannotRun, InputError, load, to_dict
+from bbkit.config import load, to_dict
+from bbkit.errors import CannotRun, InputError
 from bbkit.files import latest_checkpoint, mark_complete, read_json, read_rows
 from bbkit.record import Run
 
@@ -366,7 +367,7 @@ def test_two_processes_cannot_write_the_same_folder(tmp_path):
     pytest.importorskip("fcntl", reason="no file locks on this system")
     code = (
         "import sys; from pathlib import Path; from bbkit.record import Run\n"
-        "from bbkit.config import InputError\n"
+        "from bbkit.errors import InputError\n"
         "try: Run(Path(sys.argv[1]), {}, [])\n"
         "except InputError as error: print(error)"
     )

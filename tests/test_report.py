@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bbkit import report
-from bbkit.config import InputError, load, to_dict
+from bbkit.config import load, to_dict
+from bbkit.errors import InputError
 from bbkit.record import Run
 
 DISEASES = [f"d{i}" for i in range(20)]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bbkit import instructions, knowledge, prompts, questions, rewards
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.prompts import Example
 
 CHOLERA = ("cholera", "cause", "Vibrio cholerae")

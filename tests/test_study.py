@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bbkit import comparison, config, recorded, study
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.files import read_json, read_rows
 
 TINY = [

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 from bbkit.weighting import CONTROLLERS, SCHEMES, Stats, advantages, statistics
 
 NAN = float("nan")

@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from bbkit.config import InputError
+from bbkit.errors import InputError
 
 _END = (
     r"(?=,|\.|;| and | or | which | that | resulting | in | from | with | has_| has symptom"
