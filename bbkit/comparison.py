@@ -31,7 +31,7 @@ NEAR = (0.9, 1.1)  # a ratio that does not matter
 def table(kept: Mapping[str, Any]) -> str:
     """What each arm scores, as Markdown."""
     found = effects.arms(kept)
-    lines = [["%", "seeds", *SHOWN.values(), *effects.KL.values(), "gradient noise"]]
+    lines = [["%", "seeds", *SHOWN.values(), *effects.KL.values(), "noise of its advantages"]]
     lines.append(["---"] * len(lines[0]))
     for arm, rows in effects.models(found).items():
         known = effects.draws(rows)
@@ -147,12 +147,12 @@ CLAIMS = (
     ("weights by covariance beat static ones", "static", "covariance", "hypervolume", 1),
     ("weights by agreement beat static ones", "static", "agreement", "hypervolume", 1),
     ("rewards by rules and a model beat rules alone", "grpo", "judged", "domain", 1),
-    ("knowledge-grounded questions beat plain ones", "plain", "grpo", "domain", 1),
+    ("questions of two hops teach more than single facts", "plain", "grpo", "domain", 1),
 )
 # Why nothing beats plain GRPO on pocket, each with the change that would then help; written down
 # before any of these arms had run.
 HYPOTHESES = (
-    ("Adam does not step along the cone's sum: its metric helps", "full", "full_adam",
+    ("Adam steps off the cone's sum: its inner product helps", "full", "full_adam",
      "hypervolume", 1),
     ("60 steps are too few for a rate of 0.1: ten times it helps", "dynamic", "dynamic_fast",
      "hypervolume", 1),

@@ -18,6 +18,11 @@ from bbkit.recorded import Rows
 if TYPE_CHECKING:
     import numpy as np
 
+PROBED = {
+    "judge": 0.0,
+    "sigma_floor": 0.1,
+    "metric": "euclidean",
+}  # an arm with others is not probed
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
 Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws
@@ -158,9 +163,14 @@ def noise_by_entropy(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None
 
 
 def _probed(kept: Mapping[str, Any], arm: str) -> Iterator[tuple[Mapping, Mapping]]:
-    """Probe rows of an arm's scheme and of GRPO, of each seed that shows a signal."""
+    """Probe rows of an arm's scheme and of GRPO, of each seed that shows a signal.
+
+    None of an arm with rewards, a floor or inner products of its own, which were not probed.
+    """
     for name, run in kept["runs"].items():
         if name.rpartition("-")[0] == arm and run["grpo"] and run["from"]:
+            if any(run["grpo"].get(key, usual) != usual for key, usual in PROBED.items()):
+                continue
             combined = run["grpo"]["combination"]
             scheme = run["grpo"]["advantages"] + ("" if combined == "sum" else f" + {combined}")
             noise = kept["runs"][run["from"]]["noise"] or {}

@@ -158,6 +158,8 @@ def test_noise_is_joined_over_the_seeds_that_show_a_signal():
         runs[f"full-{seed}"] = {"from": f"sft-{seed}", "grpo": section}
     kept = {"runs": runs}
     found = effects.noise_ratio(kept, "full")
+    runs["full_adam-0"] = {"from": "sft-0", "grpo": section | {"metric": "adam"}}
+    assert effects.noise_ratio(kept, "full_adam") is None  # other inner products than the probe's
     assert comparison.ratio_cell(found) == "1.00 [0.61, 1.63]"  # half of the log interval: log 2/√2
     assert found["n"] == 2
     by_entropy = effects.noise_by_entropy(kept, "full")
