@@ -22,7 +22,7 @@ PROBED = {
     "judge": 0.0,
     "sigma_floor": 0.1,
     "metric": "euclidean",
-}  # an arm with others is not probed
+}  # others are not probed
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
 Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws
