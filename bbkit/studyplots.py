@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#000000", "marker": "*"},
 }
 OTHER = {"color": "#AAAAAA", "marker": "x"}  # more arms than a reader can tell apart by colours
-LEVELS = (0.2, 0.4, 0.6)  # hypervolume, drawn as lines of equal product
+LEVELS = (0.2, 0.4, 0.6)  # of the largest hypervolume shown, drawn as lines of equal product
 
 
 def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
@@ -59,23 +59,26 @@ def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
             axis.plot(*small, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
     if set(found) - set(STYLES):
         axis.plot([], [], OTHER["marker"], color=OTHER["color"], ms=5, label="the others")
-    low = axis.get_xlim()[0]
-    top = 100 if max(axis.get_ylim()) > 40 else None
+    low, end = axis.get_xlim()
+    end, top = (100 if most > 40 else 1.2 * most for most in (end, axis.get_ylim()[1]))
     for level in LEVELS:
-        line = np.linspace(max(low, 100 * level), 100, 50)
-        axis.plot(line, 1e4 * level / line, ":", color="#999999", lw=1)
-        if top:
-            axis.text(100, 100 * level, f" {100 * level:.0f}", va="center", fontsize=8)
-    axis.set(xlim=(low, 100), ylim=(-3, top))
+        product = level * end * top
+        line = np.linspace(max(low, product / top), end, 50)
+        axis.plot(line, product / line, ":", color="#999999", lw=1)
+        axis.text(end, product / end, f" {product / 100:.2g}", va="center", fontsize=8)
+    axis.set(xlim=(low, end), ylim=(-0.03 * top, top))
     axis.set_xlabel("general instruction following, held out (%)", color=color("instruction"))
     axis.set_ylabel("domain accuracy, held out (%)", color=color("domain"))
-    axis.legend(ncols=2, frameon=False, loc="lower left", fontsize=8.5)
+    axis.legend(
+        ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5,
+        columnspacing=1.2, handletextpad=0.2,
+    )  # fmt: skip
     changes = _changes(right, found, first)
     return captioned(
         figure,
         "Left: every arm's last model; small marks are single seeds, dotted lines equal "
-        f"hypervolume (their product). Up and right is better. Right: hypervolume minus {first}'s "
-        f"on the same seeds, 95 % intervals over seeds and prompts; {changes}.",
+        "hypervolume (their product, %). Up and right is better. Right: hypervolume minus "
+        f"{first}'s on the same seeds, 95 % intervals over seeds and prompts; {changes}.",
     )
 
 
@@ -96,7 +99,7 @@ def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
         below += high < 0
     axis.axvline(0, color="#999999", lw=0.8)
     axis.set_yticks([-i for i in range(len(names))], names, fontsize=8)
-    axis.set(xlabel="hypervolume minus that of " + first + " (points)")
+    axis.set(xlabel=f"hypervolume minus {first}'s (points)")
     return f"clear of 0 are {above} above and {below} below, the number of seeds in brackets"
 
 
