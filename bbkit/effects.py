@@ -18,11 +18,8 @@ from bbkit.recorded import Rows
 if TYPE_CHECKING:
     import numpy as np
 
-PROBED = {
-    "judge": 0.0,
-    "sigma_floor": 0.1,
-    "metric": "euclidean",
-}  # others are not probed
+# Settings of GRPO under which gradients were probed; the noise of others is not known.
+PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
 Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws

@@ -29,7 +29,7 @@ MEASURES = (
     "ifeval_loose",
     "ifeval_answer_strict",
 )
-PART = 32  # tokens
+PART = 32  # new tokens on a CPU, after which replies that have ended leave the batch
 
 
 def generate(
@@ -78,10 +78,14 @@ def generate(
 
 
 def _greedy(model, tokenizer, batch, max_new_tokens: int) -> list[list[int]]:
-    """New tokens of each row; rows that have ended leave the batch after every PART tokens."""
+    """New tokens of each row; on a CPU rows that have ended leave the batch after PART tokens.
+
+    On a GPU a smaller batch saves little, and unsloth's generation takes no cache to go on from.
+    """
     import torch
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    part = PART if ids.device.type == "cpu" else max_new_tokens
     cache, start = None, ids.shape[1]
     found: list[list[int]] = [[] for _ in ids]
     left = list(range(len(ids)))
@@ -89,7 +93,7 @@ def _greedy(model, tokenizer, batch, max_new_tokens: int) -> list[list[int]]:
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache,
-                max_new_tokens=min(PART, start + max_new_tokens - ids.shape[1]),
+                max_new_tokens=min(part, start + max_new_tokens - ids.shape[1]),
                 do_sample=False, temperature=None, top_p=None, top_k=None,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                 return_dict_in_generate=True,
