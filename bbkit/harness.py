@@ -261,12 +261,12 @@ def _context(model) -> int:
 
 
 def _distances(model, tokenizer, task: str, args: argparse.Namespace, found: list[dict]) -> None:
-    """Put KL(tuned, base) along the replies into item rows; see `evaluate.divergence`."""
-    from bbkit import evaluate
+    """Put KL(tuned, base) along the replies into item rows; see `generation.divergence`."""
+    from bbkit import generation
 
     docs = {doc["id"]: doc for doc in _rows(task, args)["test"]}
     examples = [utils.example(docs[row["id"]]) for row in found]
-    values = evaluate.divergence(model, tokenizer, examples, [row["reply"] for row in found])
+    values = generation.divergence(model, tokenizer, examples, [row["reply"] for row in found])
     for row, value in zip(found, values, strict=True):
         row["kl"] = value
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bbkit import evaluate, files, gradients, prompts
+from bbkit import files, generation, gradients, prompts
 from bbkit.prompts import Example
 
 ANCHORS = 64  # replies of the base to draw from
@@ -36,7 +36,7 @@ def anchors(
     places = random.Random(0).sample(range(len(examples)), min(ANCHORS, len(examples)))
     chosen = [examples[i] for i in sorted(places)]
     if not path.is_file():
-        replies = evaluate.generate(model, tokenizer, chosen, max_new_tokens, batch_tokens)
+        replies = generation.generate(model, tokenizer, chosen, max_new_tokens, batch_tokens)
         lines = (
             json.dumps({"id": e.id, "reply": r}, ensure_ascii=False) + "\n"
             for e, r in zip(chosen, replies, strict=True)

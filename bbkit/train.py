@@ -247,25 +247,25 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
 
     from tqdm.auto import tqdm
 
-    from bbkit import evaluate, report
+    from bbkit import evaluate, generation, report
 
     section, held_out = settings.evaluation, rows["held_out"]
     run.forget_held_out(stage)
     record.forget_peak()
     began = time.perf_counter()
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
-        replies = evaluate.generate(
+        replies = generation.generate(
             model, tokenizer, held_out, section.max_new_tokens, section.batch_tokens, bar.update
         )
         found = evaluate.items(held_out, replies)
         if ifeval:
-            replies = evaluate.generate(
+            replies = generation.generate(
                 model, tokenizer, ifeval, section.ifeval_tokens, section.batch_tokens, bar.update
             )
             found += evaluate.ifeval_items(ifeval, replies)
         if stage != "base":
             told = [i for part in axes(held_out) for i in _some(part, KL_PROMPTS)]
-            values = evaluate.divergence(
+            values = generation.divergence(
                 model, tokenizer, [held_out[i] for i in told], [found[i]["reply"] for i in told]
             )
             for i, value in zip(told, values, strict=True):

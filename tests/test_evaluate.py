@@ -5,7 +5,17 @@ import random
 import pytest
 import torch
 
-from bbkit import adapters, config, evaluate, instructions, models, prompts, questions, statistics
+from bbkit import (
+    adapters,
+    config,
+    evaluate,
+    generation,
+    instructions,
+    models,
+    prompts,
+    questions,
+    statistics,
+)
 from bbkit.prompts import Example
 
 ROWS = questions.ontology("validation")[:40] + instructions.examples("validation", per_kind=2)
@@ -61,14 +71,14 @@ def test_differences_are_paired_and_signed():
 
 def test_replies_are_those_of_a_prompt_alone_whenever_ended_ones_leave_the_batch(monkeypatch):
     model, tokenizer = models.load(config.load("pocket").model)
-    alone = [evaluate.generate(model, tokenizer, [e], 12, 1)[0] for e in ROWS]
+    alone = [generation.generate(model, tokenizer, [e], 12, 1)[0] for e in ROWS]
     lengths = {len(tokenizer(reply)["input_ids"]) for reply in alone}
     assert min(lengths) < 5 and max(lengths) == 12  # some end early, some never
     sizes, whole = [], model.generate
     model.generate = lambda **given: sizes.append(len(given["input_ids"])) or whole(**given)
     for part in (5, 32):
-        monkeypatch.setattr(evaluate, "PART", part)
-        assert evaluate.generate(model, tokenizer, ROWS, 12, 10**6) == alone
+        monkeypatch.setattr(generation, "PART", part)
+        assert generation.generate(model, tokenizer, ROWS, 12, 10**6) == alone
         assert sizes[0] == len(ROWS) and sizes == sorted(sizes, reverse=True)
         assert (sizes[-1] < len(ROWS)) == (part < 12)
         sizes.clear()
@@ -79,13 +89,13 @@ def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
     model, tokenizer = models.load(config.load("pocket").model)
     model = adapters.add_lora(model, config.load("pocket").model, 0).train()
     replies = [prompts.completion(e) for e in ROWS[:6]]
-    assert max(map(abs, evaluate.divergence(model, tokenizer, ROWS[:6], replies))) < 1e-6
+    assert max(map(abs, generation.divergence(model, tokenizer, ROWS[:6], replies))) < 1e-6
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    found = evaluate.divergence(model, tokenizer, ROWS[:6], replies)
+    found = generation.divergence(model, tokenizer, ROWS[:6], replies)
     assert model.training and min(found) > 1e-3
-    alone = evaluate.divergence(model, tokenizer, ROWS[3:4], replies[3:4])
+    alone = generation.divergence(model, tokenizer, ROWS[3:4], replies[3:4])
     assert found[3] == pytest.approx(alone[0], rel=1e-4)  # whatever it is batched with
     prompt = tokenizer.apply_chat_template(
         prompts.messages(ROWS[3]), add_generation_prompt=True, tokenize=False
