@@ -7,7 +7,6 @@ machine that others use too disturbs both alike.
 """
 
 import argparse
-import functools
 import json
 import random
 import statistics
@@ -15,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record
 from bbkit.errors import CannotRun, exit_code
+from bbkit.variants import VARIANTS
 
 WORDS = "fever cough rash virus worm liver blood skin lung bone".split()
 
@@ -107,109 +107,6 @@ def backward_ratios(
 
 def _ratio(some: Sequence[float], plain: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(some, plain, strict=True))
-
-
-def _terms(model, ids):
-    import torch
-
-    kept = ids.shape[1] // 2
-    logits = model(input_ids=ids, logits_to_keep=kept + 1).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), ids[:, -kept:], reduction="none"
-    )
-    return loss.mean(1)
-
-
-def _timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[float, float]:
-    import torch
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = now()
-    out = forward()
-    middle = now()
-    backward(out)
-    return middle - start, now() - middle
-
-
-@functools.lru_cache(maxsize=1)
-def _capture(model, capabilities: int):
-    """One for all rounds, as the trainer keeps one for all steps: new memory costs page faults."""
-    from bbkit import gradients
-
-    return gradients.Capture(model, capabilities)
-
-
-def _plain(model, ids, weights) -> tuple[float, float]:
-    times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
-    model.zero_grad()
-    return times
-
-
-def _one_pass(model, ids, weights) -> tuple[float, float]:
-    from bbkit import gradients
-
-    capture = _capture(model, weights.shape[1])
-    with gradients.watch(model, capture):
-        capture.next(weights)
-        times = _timed(lambda: _terms(model, ids), lambda terms: terms.sum().backward())
-    capture.gradients.sum()  # raises if a matrix was missed, whose cost would be left out
-    capture.clear()
-    model.zero_grad()
-    return times
-
-
-def _backward_per_capability(model, ids, weights) -> tuple[float, float]:
-    capture = _capture(model, weights.shape[1])
-
-    def backward(terms):
-        for k, column in enumerate(weights.T):
-            (column * terms).sum().backward(retain_graph=k < len(weights.T) - 1)
-            capture.take(k)
-
-    times = _timed(lambda: _terms(model, ids), backward)
-    capture.clear()
-    return times
-
-
-def _replay(model, ids, weights) -> tuple[float, float]:
-    capture = _capture(model, weights.shape[1])
-    forward = backward = 0.0
-    for k in range(weights.shape[1]):
-
-        def loss_backward(terms, column=weights[:, k]):
-            (column * terms).sum().backward()
-
-        times = _timed(lambda: _terms(model, ids), loss_backward)
-        capture.take(k)
-        forward, backward = forward + times[0], backward + times[1]
-    capture.clear()
-    return forward, backward
-
-
-def _autojac(model, ids, weights) -> tuple[float, float]:
-    from torchjd import autojac
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    times = _timed(
-        lambda: weights.T @ _terms(model, ids),
-        lambda losses: autojac.backward(losses, inputs=trainable, parallel_chunk_size=1),
-    )
-    for p in trainable:
-        del p.jac
-    return times
-
-
-VARIANTS = {
-    "plain": _plain,
-    "one_pass": _one_pass,
-    "backward_per_capability": _backward_per_capability,
-    "replay": _replay,
-    "autojac": _autojac,
-}
 
 
 def step_ratios(

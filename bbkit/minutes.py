@@ -22,10 +22,10 @@ class Pace:
 
 
 # pocket: 2 hyperthreads of a Xeon at 2.1 GHz, float32 (commit f603c8e); smollm2-cpu: one core of an
-# EPYC that computes in bfloat16, beside other work (7b63262), evaluation the mean of base and SFT.
+# EPYC that computes in bfloat16, another run beside it (9657c7f), means of two seeds.
 RECORDED = {
     "pocket": Pace(49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586),
-    "smollm2-cpu": Pace(403 / (24 * 8), 51 / 16, 2150 / (2155 * 128 + 541 * 256), 800),
+    "smollm2-cpu": Pace(1490 / (96 * 8), 1890 / (16 * 32), 1530 / (2155 * 128 + 541 * 256), 800),
 }
 STAGES = ("sft", "grpo", "evaluate")
 
