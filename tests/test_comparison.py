@@ -145,6 +145,8 @@ def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
     shorter, whole = comparison.attempted(kept), comparison.claims(kept)
     assert "not attempted" in whole and "not attempted" not in shorter
     assert set(shorter.splitlines()) < set(whole.splitlines()) and "grpo − sft" in shorter
+    first = comparison.main_claims(kept).splitlines()
+    assert set(first) < set(whole.splitlines()) and len(first) == 2 + len(comparison.MAIN)
 
 
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
