@@ -24,6 +24,7 @@ SHOWN = {
     "worse": "worse",
     "hypervolume": "hypervolume",
 }
+EQUAL_KL = {"equal_kl": "general, at equal KL"}  # known of differences between arms alone
 MARGIN = 0.02  # a difference that does not matter
 NEAR = (0.9, 1.1)  # a ratio that does not matter
 
@@ -61,16 +62,27 @@ def sources(kept: Mapping[str, Any]) -> str:
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
     found = effects.arms(kept)
-    lines = [[f"points, minus {first}", "seeds", *SHOWN.values()]]
+    per_nat, shown = effects.slope(found), SHOWN | EQUAL_KL
+    lines = [[f"points, minus {first}", "seeds", *shown.values()]]
     lines.append(["---"] * len(lines[0]))
     for arm in found:
-        known, seeds = effects.change(found, first, arm) if arm != first else ({}, 0)
+        known, seeds = _change(found, first, arm, per_nat) if arm != first else ({}, 0)
         if seeds:
             cells = [
-                report.change_cell(effects.told(known[m])) if m in known else "" for m in SHOWN
+                report.change_cell(effects.told(known[m])) if m in known else "" for m in shown
             ]
             lines.append([arm, str(seeds), *cells])
     return markdown(lines)
+
+
+def _change(
+    found: Mapping[str, Any], before: str, after: str, per_nat: float
+) -> tuple[effects.Draws, int]:
+    """effects.change with `equal_kl`: `general` less what goes with the difference in KL."""
+    known, seeds = effects.change(found, before, after)
+    if {"general", "kl_instruction"} <= set(known):
+        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
+    return known, seeds
 
 
 def markdown(lines: Iterable[Sequence[str]]) -> str:
@@ -143,6 +155,10 @@ CLAIMS = (
     ("PCGrad forgets less", "dynamic", "pcgrad", "general", 1),
     ("UPGrad forgets less", "dynamic", "upgrad", "general", 1),
     ("Aligned-MTL forgets less", "dynamic", "aligned_mtl", "general", 1),
+    # before any of the three had scores
+    ("PCGrad with retention forgets less", "dynamic", "pcgrad_retention", "general", 1),
+    ("UPGrad with retention forgets less", "dynamic", "upgrad_retention", "general", 1),
+    ("Aligned-MTL with retention forgets less", "dynamic", "aligned_mtl_retention", "general", 1),
     ("weights by variance beat static ones", "static", "variance", "hypervolume", 1),
     ("weights by covariance beat static ones", "static", "covariance", "hypervolume", 1),
     ("weights by agreement beat static ones", "static", "agreement", "hypervolume", 1),
@@ -208,9 +224,7 @@ def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> li
     per_nat = effects.slope(found)
 
     def effect(before: str, after: str, name: str) -> tuple[dict[str, Any] | None, int]:
-        known, seeds = effects.change(found, before, after)
-        if {"general", "kl_instruction"} <= set(known):
-            known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
+        known, seeds = _change(found, before, after, per_nat)
         return (effects.told(known[name]), seeds) if name in known else (None, 0)
 
     lines = [[head, "compared", "effect", "seeds", "verdict"], ["---"] * 5]
@@ -220,7 +234,7 @@ def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> li
         if before == "dynamic" and judged == "reproduced":  # forgetting less by learning less?
             domain, _ = effect(before, after, "domain")
             judged = judged if domain and domain["value"] >= -MARGIN else "inconclusive"
-        compared = f"{SHOWN.get(name, 'general, at equal KL')}: {after} − {before}"
+        compared = f"{(SHOWN | EQUAL_KL)[name]}: {after} − {before}"
         lines.append([said, compared, report.change_cell(seen), str(seeds or ""), judged])
     return lines
 

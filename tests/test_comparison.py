@@ -133,6 +133,10 @@ def test_equal_kl_takes_off_what_goes_with_the_distance():
         kept["runs"][name]["scores"][stage] |= {"kl": [kl] * 3}
         kept["runs"][name]["scores"][stage]["instruction_unseen"][2] = general
     assert effects.slope(effects.arms(kept)) == pytest.approx(-1.0)
+    head, _, line = (row.split(" | ") for row in comparison.changes(kept, "sft").splitlines())
+    told = dict(zip(head, line, strict=True))
+    assert told["general"].strip("*").startswith("+30.0")
+    assert told["general, at equal KL |"] == "+0.0 [+0.0, +0.0] |"
 
 
 def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
