@@ -13,20 +13,25 @@ from bbkit.config import Settings
 @dataclass(frozen=True)
 class Pace:
     """Seconds of one sequence of SFT, of one completion of GRPO (drawn, scored, trained on), of one
-    token that a held-out reply may take; and the prompts held out where the settings take all."""
+    token that a held-out reply may take; the prompts held out where the settings take all; and the
+    machine, as the estimate names it."""
 
     sft: float
     grpo: float
     token: float
     held_out: int
+    machine: str
 
 
 # pocket: 2 hyperthreads of a Xeon at 2.1 GHz, float32 (commit f603c8e); smollm2-cpu: one core of an
-# EPYC that computes in bfloat16, another run beside it (9657c7f), means of two seeds.
+# EPYC, another run beside it (9657c7f), means of two seeds.
 RECORDED = {
-    "pocket": Pace(49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586),
-    "smollm2-cpu": Pace(1490 / (96 * 8), 1890 / (16 * 32), 1530 / (2155 * 128 + 541 * 256), 800),
-}
+    "pocket": Pace(49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586, "2 idle cores"),
+    "smollm2-cpu": Pace(
+        1490 / (96 * 8), 1890 / (16 * 32), 1530 / (2155 * 128 + 541 * 256), 800,
+        "one core that computes in bfloat16",
+    ),
+}  # fmt: skip
 STAGES = ("sft", "grpo", "evaluate")
 
 
@@ -59,8 +64,11 @@ def said(preset: str | None, minutes: dict[str, float]) -> str:
 
     >>> said("t4", {})
     'minutes: not known, no run of preset t4 is recorded'
+    >>> said("smollm2-cpu", {"sft": 25.0})
+    'minutes: about 25 on one core that computes in bfloat16 (sft 25.0)'
     """
-    if not minutes:
+    if not minutes or not preset:
         return f"minutes: not known, no run of preset {preset} is recorded"
     parts = ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items())
-    return f"minutes: about {sum(minutes.values()):.0f} on 2 idle cores ({parts})"
+    whole = f"about {sum(minutes.values()):.0f} on {RECORDED[preset].machine}"
+    return f"minutes: {whole} ({parts})"

@@ -168,7 +168,9 @@ def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     if not left:
         return f"{len(rows)} runs, all there"
     names = ", ".join(row.folder.name for row in left)
-    time = f"about {spent:.0f} minutes on 2 idle cores" if spent else "minutes not known"
+    time = "minutes not known"
+    if spent:
+        time = f"about {spent:.0f} minutes on {minutes.RECORDED[args.preset].machine}"
     return f"{len(rows)} runs, {len(left)} to do ({time}): {names}"
 
 

@@ -153,6 +153,18 @@ def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
     assert set(first) < set(whole.splitlines()) and len(first) == 2 + len(comparison.MAIN)
 
 
+def test_seeds_after_the_rule_are_judged_by_themselves():
+    low, high = ((0, 0), 0), ((1, 1), 1)
+    kept = record(sft=[low] * 5, grpo=[low] * 3 + [high] * 2)  # seeds 3 and 4 alone gained
+
+    def said(block):
+        line = next(row for row in block(kept).splitlines() if "gives it back" in row)
+        return line.split(" | ")[3:]
+
+    assert said(comparison.main_claims) == ["5", "inconclusive |"]
+    assert said(comparison.later) == ["2", "reproduced |"]
+
+
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
     runs = {}
     for seed, ratio in ((0, 0.5), (1, 2.0), (2, None)):
