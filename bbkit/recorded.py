@@ -48,7 +48,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             "grpo": manifest["settings"]["grpo"] if source else None,
             "scores": {stage: _columns(rows) for stage, rows in kept.items()},
             "replies": {stage: _first_replies(rows) for stage, rows in kept.items()},
-            "log": {name: [_short(row.get(name)) for row in logged] for name in names},
+            "log": {name: [_short(row.get(name), 3) for row in logged] for name in names},
             "noise": files.read_json(probe)["noise"] if probe.exists() else None,
         }  # fmt: skip
     return {"items": items, "runs": runs}
@@ -85,15 +85,18 @@ def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[
 
 def text(found: Mapping[str, Any]) -> str:
     """The file of a record: JSON, a line a run, so that git shows which one changed."""
-    lines = [f"{json.dumps(k)}: {json.dumps(files.plain(v))}" for k, v in found["runs"].items()]
-    runs = ",\n".join(lines)
-    return f'{{"items": {json.dumps(found["items"])},\n"runs": {{\n{runs}\n}}}}\n'
+
+    def tight(value: Any) -> str:
+        return json.dumps(files.plain(value), separators=(",", ":"))
+
+    runs = ",\n".join(f"{tight(k)}: {tight(v)}" for k, v in found["runs"].items())
+    return f'{{"items": {tight(found["items"])},\n"runs": {{\n{runs}\n}}}}\n'
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | list]:
     names = sorted({name for row in rows for name in row["scores"]})
     columns = {name: [_short(row["scores"].get(name)) for row in rows] for name in names}
-    columns["kl"] = [_short(row.get("kl")) for row in rows]
+    columns["kl"] = [_short(row.get("kl"), 3) for row in rows]
     return {name: _marks(values) for name, values in columns.items()}
 
 
@@ -104,21 +107,23 @@ def _first_replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str
 
 
 def _marks(values: list[float | int | None]) -> str | list:
-    """A mark a value where all are 0, 1 or None: a third of the list's length in the file."""
+    """A mark a value where all are 0, 1 or None, as short as a file can be; no None at the end."""
+    while values and values[-1] is None:
+        values = values[:-1]
     known: dict[float | None, str] = {0: "0", 1: "1", None: "-"}
     return "".join(known[v] for v in values) if set(values) <= set(known) else values
 
 
-def _short(value: float | None) -> float | int | None:
+def _short(value: float | None, digits: int = 4) -> float | int | None:
     if value is None:
         return None
-    return int(value) if value == int(value) else float(f"{value:.4g}")
+    return int(value) if value == int(value) else float(f"{value:.{digits}g}")
 
 
 def unpack(found: Mapping[str, Any], name: str) -> Rows:
     """Item rows of one run by stage, those of the run that it was forked from among them.
 
-    >>> run = {"from": None, "scores": {"sft": {"domain": "1-", "kl": [None, 0.5]}}}
+    >>> run = {"from": None, "scores": {"sft": {"domain": "1", "kl": [None, 0.5]}}}
     >>> kept = {"items": [["a", "choice", "e", "s"]] * 2, "runs": {"sft-0": run}}
     >>> [row["scores"] for row in unpack(kept, "sft-0")["sft"]]
     [{'domain': 1}, {}]
@@ -128,7 +133,7 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     for stage, columns in run["scores"].items():
         rows[stage] = []
         for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in columns.items() if v[i] not in (None, "-")}
+            seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
             seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
             kl = {"kl": seen.pop("kl")} if "kl" in seen else {}
             rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
