@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +203,10 @@ def claims(kept: Mapping[str, Any]) -> str:
     return markdown(lines)
 
 
-def attempted(kept: Mapping[str, Any]) -> str:
-    """The ledger without the claims of which the record has no arms."""
-    return "\n".join(line for line in claims(kept).splitlines() if "not attempted" not in line)
+def attempted(kept: Mapping[str, Any], ledger: Callable[[Mapping], str] = claims) -> str:
+    """The ledger without the claims of which the record has no arms; empty without any."""
+    lines = [line for line in ledger(kept).splitlines() if "not attempted" not in line]
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def main_claims(kept: Mapping[str, Any]) -> str:
@@ -259,10 +260,9 @@ BLOCKS = {
 
 
 def told(kept: Mapping[str, Any]) -> str:
-    """Every block once, as the commands print them, without those that only shorten `claims`."""
-    shorter = ("main", "later", "attempted")
-    made = (make(kept) for name, make in BLOCKS.items() if name not in shorter)
-    return "\n\n".join(block for block in made if block)
+    """What the commands print: every block once, of claims and hypotheses those with arms here."""
+    made = [make(kept) for make in (table, sources, changes, attempted)]
+    return "\n\n".join(block for block in (*made, attempted(kept, hypotheses)) if block)
 
 
 def filled(text: str, kept: Mapping[str, Any], name: str) -> str:

@@ -149,6 +149,8 @@ def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
     shorter, whole = comparison.attempted(kept), comparison.claims(kept)
     assert "not attempted" in whole and "not attempted" not in shorter
     assert set(shorter.splitlines()) < set(whole.splitlines()) and "grpo − sft" in shorter
+    told = comparison.told(kept)  # what a study of two arms prints
+    assert shorter in told and "not attempted" not in told and "| hypothesis |" not in told
     first = comparison.main_claims(kept).splitlines()
     assert set(first) < set(whole.splitlines()) and len(first) == 2 + len(comparison.MAIN)
 
