@@ -155,7 +155,7 @@ CLAIMS = (
     ("PCGrad forgets less", "dynamic", "pcgrad", "general", 1),
     ("UPGrad forgets less", "dynamic", "upgrad", "general", 1),
     ("Aligned-MTL forgets less", "dynamic", "aligned_mtl", "general", 1),
-    # before any of the three had scores
+    # committed when one of these nine runs had ended, pcgrad_retention-3; its score was unread
     ("PCGrad with retention forgets less", "dynamic", "pcgrad_retention", "general", 1),
     ("UPGrad with retention forgets less", "dynamic", "upgrad_retention", "general", 1),
     ("Aligned-MTL with retention forgets less", "dynamic", "aligned_mtl_retention", "general", 1),
