@@ -3,7 +3,8 @@
 Serves every claim: what is measured is what is made here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from bbkit import prompts
 from bbkit.prompts import Example
@@ -32,38 +33,90 @@ def generate(
         for e in examples
     ]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    lengths = [len(tokens) for tokens in encoded]
+    ends, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
+    found = greedy(model, encoded, max_new_tokens, batch_tokens, ends, pad, progress)
+    return tokenizer.batch_decode(found, skip_special_tokens=True)
+
+
+def greedy(
+    model,
+    asked: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+    progress=None,
+) -> list[list[int]]:
+    """The likeliest next tokens behind each prompt's, up to and with the first of `ends`.
+
+    `pad` may be any token, an end too: padding is masked, and replies are cut by what ends them.
+    """
+    import torch
+
     # The longest first: what does not fit in memory fails at once, not after an hour.
-    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-    replies = [""] * len(texts)
-    was_training = model.training
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    found: list[list[int]] = [[] for _ in asked]
+    with undisturbed(model):
+        while order:
+            width = len(asked[order[0]])
+            most = max(1, batch_tokens // (width + max_new_tokens))
+            chosen, order = order[:most], order[most:]
+            ids = torch.full((len(chosen), width), pad)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, width - len(asked[i]) :] = torch.tensor(asked[i])
+                mask[row, width - len(asked[i]) :] = 1
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            new = _greedy(model, ids, mask, max_new_tokens, ends, pad)
+            for i, tokens in zip(chosen, new, strict=True):
+                found[i] = cut(tokens, ends)
+            if progress:
+                progress(len(chosen))
+    return found
+
+
+def cut(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Tokens up to and with the first that is one of `ends`.
+
+    >>> cut([5, 6, 0, 1, 1], [0, 9]), cut([5, 6], [0])
+    ([5, 6, 0], [5, 6])
+    """
+    return tokens[: next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))]
+
+
+@contextmanager
+def undisturbed(model) -> Iterator[None]:
+    """Eval mode, and no defaults of the model's own for generation; both come back afterwards.
+
+    Such as Qwen's repetition penalty, which a GenerationConfig given to `generate` takes over too,
+    or a cache that is off. A trainer's `use_cache=False` in the model's config does not count.
+    """
+    from transformers import GenerationConfig
+
+    modes = [(module, module.training) for module in model.modules()]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owners = [m for m in (inner, model) if "generation_config" in vars(m)]  # PEFT's: once set there
+    kept = [m.generation_config for m in owners]
     model.eval()
-    while order:
-        most = max(1, batch_tokens // (lengths[order[0]] + max_new_tokens))
-        chosen, order = order[:most], order[most:]
-        batch = tokenizer(
-            [texts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)  # fmt: skip
-        new = _greedy(model, tokenizer, batch, max_new_tokens)
-        for i, text in zip(
-            chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            replies[i] = text
-        if progress:
-            progress(len(chosen))
-    model.train(was_training)
-    return replies
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+        for module, mode in modes:  # each its own: a frozen part may have been in eval mode
+            if module.training != mode:
+                module.train(mode)
 
 
-def _greedy(model, tokenizer, batch, max_new_tokens: int) -> list[list[int]]:
+def _greedy(model, ids, mask, max_new_tokens: int, ends: Sequence[int], pad: int):
     """New tokens of each row; on a CPU rows that have ended leave the batch after PART tokens.
 
     On a GPU a smaller batch saves little, and unsloth's generation takes no cache to go on from.
     """
     import torch
 
-    ids, mask = batch["input_ids"], batch["attention_mask"]
     part = PART if ids.device.type == "cpu" else max_new_tokens
     cache, start = None, ids.shape[1]
     found: list[list[int]] = [[] for _ in ids]
@@ -73,20 +126,22 @@ def _greedy(model, tokenizer, batch, max_new_tokens: int) -> list[list[int]]:
             out = model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=cache,
                 max_new_tokens=min(part, start + max_new_tokens - ids.shape[1]),
-                do_sample=False, temperature=None, top_p=None, top_k=None,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                return_dict_in_generate=True,
+                do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True,
+                pad_token_id=pad, eos_token_id=list(ends) or None, return_dict_in_generate=True,
             )  # fmt: skip
-        ids, cache = out.sequences, out.past_key_values
+        ids, cache = out.sequences, out.get("past_key_values")
         for row, i in enumerate(left):
             found[i] = ids[row, start:].tolist()
-        ended = (ids[:, start:] == tokenizer.eos_token_id).any(1)
+        ended = torch.isin(ids[:, start:], ids.new_tensor(ends)).any(1)
         stay = (~ended).nonzero()[:, 0]
         if ids.shape[1] == start + max_new_tokens or not len(stay):
             return found
         mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)
         ids, mask, left = ids[stay], mask[stay], [left[row] for row in stay.tolist()]
-        cache.batch_select_indices(stay)
+        try:
+            cache.batch_select_indices(stay)
+        except AttributeError:  # the states of a recurrent model: read the tokens again
+            cache = None
     return found
 
 

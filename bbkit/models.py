@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import cpu, hub, memory
+from bbkit import cpu, hub, memory, prompts
 from bbkit.errors import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
@@ -138,14 +138,11 @@ def fix_ending(tokenizer: PreTrainedTokenizerBase, say: Say = print) -> None:
     """
     if not tokenizer.chat_template:
         raise InputError(f"{tokenizer.name_or_path}: no chat template; take an instruction model")
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "REPLY"}]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("REPLY")[2]
-    closing = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    if closing and closing[0] in tokenizer.added_tokens_decoder:
-        token = tokenizer.convert_ids_to_tokens(closing[0])
-        if token != tokenizer.eos_token:
-            say(f"eos {token}: the chat template closes replies with it, not {tokenizer.eos_token}")
-            tokenizer.eos_token = token
+    end = prompts.closing(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
+        token = tokenizer.convert_ids_to_tokens(end)
+        say(f"eos {token}: the chat template closes replies with it, not {tokenizer.eos_token}")
+        tokenizer.eos_token = token
 
 
 def fix_padding(tokenizer: PreTrainedTokenizerBase, say: Say = print) -> None:

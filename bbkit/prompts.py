@@ -87,6 +87,14 @@ def encode(tokenizer, example: Example, reply: str) -> tuple[list[int], int]:
     return asked + said, len(asked)
 
 
+def closing(tokenizer) -> int | None:
+    """The special token with which the chat template closes a reply; None where it has no such."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "REPLY"}]
+    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("REPLY")[2]
+    first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else None
+
+
 def batches(rows: Sequence[Sequence[int]], tokenizer, model) -> Iterator:
     """Token rows in batches of like length: their places, tokens and mask, on the model's device.
 
