@@ -24,22 +24,31 @@ SHOWN = {
     "worse": "worse",
     "hypervolume": "hypervolume",
 }
+NATS = {"elsewhere": "elsewhere (nats)"}  # the worst kind of bbkit.elsewhere
 EQUAL_KL = {"equal_kl": "general, at equal KL"}  # known of differences between arms alone
 MARGIN = 0.02  # a difference that does not matter
 NEAR = (0.9, 1.1)  # a ratio that does not matter
 
 
 def table(kept: Mapping[str, Any]) -> str:
-    """What each arm scores, as Markdown."""
-    found = effects.arms(kept)
-    lines = [["%", "seeds", *SHOWN.values(), *effects.KL.values(), "noise to signal / grpo"]]
+    """What each arm scores, as Markdown; elsewhere only where a model was measured there."""
+    models = effects.models(effects.arms(kept))
+    found = {arm: effects.draws(rows) for arm, rows in models.items()}
+    shown: dict[str, str] = {}
+    for measure, head in SHOWN.items():
+        shown[measure] = head
+        if measure == "general" and any(set(NATS) <= set(known) for known in found.values()):
+            shown |= NATS
+    lines = [["%", "seeds", *shown.values(), *effects.KL.values(), "noise to signal / grpo"]]
     lines.append(["---"] * len(lines[0]))
-    for arm, rows in effects.models(found).items():
-        known = effects.draws(rows)
-        cells = [report.cell(effects.told(known[m])) if m in known else "" for m in SHOWN]
+    for arm, known in found.items():
+        cells = []
+        for measure in shown:
+            seen = effects.told(known[measure]) if measure in known else None
+            cells.append((report.nats if measure in NATS else report.cell)(seen))
         cells += [f"{known[k][0]:.3f}" if k in known else "" for k in effects.KL]
         noise = effects.noise_ratio(kept, arm) if arm not in ("base", "sft") else None
-        lines.append([arm, str(len(rows)), *cells, ratio_cell(noise)])
+        lines.append([arm, str(len(models[arm])), *cells, ratio_cell(noise)])
     return markdown(lines)
 
 

@@ -137,6 +137,7 @@ class Evaluation:
     max_new_tokens: Count = 48
     ifeval: Whole = 0
     ifeval_tokens: Count = 512
+    elsewhere: Whole = 0
     bootstrap: Count = 2000
     split: Literal["validation", "test"] = "test"
 

@@ -26,6 +26,7 @@ GENERATED = {
     "ontology": ("questions", "ontology"),
     "ontology_chains": ("questions", "ontology_chains"),
     "constraints": ("instructions", "examples"),
+    "pocket_prompts": ("pocket.texts", "prompts"),
 }
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bbkit import evaluate, recorded, statistics
+from bbkit import elsewhere, evaluate, recorded, statistics
 from bbkit.recorded import Rows
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     import numpy as np
 
     found = {}
-    sources = sorted({row["source"] for row in runs[0] if row["task"] != "instruction"})
+    asked = [row for row in runs[0] if row["task"] not in ("instruction", "elsewhere")]
+    sources = sorted({row["source"] for row in asked})
     by_source = [f"{measure} on {s}" for s in sources for measure in BY_SOURCE if len(sources) > 1]
-    for name in (*evaluate.MEASURES, *KL, *by_source):
+    for name in (*evaluate.MEASURES, *KL, *by_source, *elsewhere.names(runs[0])):
         measure, _, source = name.partition(" on ")
         cells: list[dict[str, list[float]]] = []
         for rows in runs:
@@ -78,6 +79,9 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])
             found[name] = statistics.crossed(table, count)
+    for measure, kinds in elsewhere.by_kind(found).items():
+        if kinds:  # the worst kind, whichever it is in each draw
+            found[measure] = np.max([found[name] for name in kinds.values()], axis=0)
     for name in ("instruction_unseen", "ifeval_strict"):
         if name in found:
             found["general"] = found[name]

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bbkit import instructions, questions, rewards
+from bbkit import elsewhere, instructions, questions, rewards
 from bbkit.extraction import extract_choice as extract_choice  # its documented place
 from bbkit.generation import generate as generate  # the notebooks' name for it
 from bbkit.ifeval import final_answer, score_ifeval
@@ -72,7 +72,7 @@ def cluster(item: Mapping) -> str:
 
     MMLU's entity is its subject: six clusters would make no interval.
     """
-    alone = item["task"] == "instruction" or item["source"] == "mmlu_medical"
+    alone = item["task"] in ("instruction", "elsewhere") or item["source"] == "mmlu_medical"
     return item["id"] if alone else item["entity"]
 
 
@@ -117,12 +117,21 @@ def _item(e: Example, reply: str, scores: Mapping) -> dict:
 
 
 def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
-    """`{measure: {"value", "n", "interval"}}` over item rows; shares in [0, 1]."""
-    out = {}
-    for name in MEASURES:
+    """`{measure: {"value", "n", "interval"}}` over item rows; shares in [0, 1].
+
+    Measures of bbkit.elsewhere are nats a token; of each the worst kind, and which this is.
+    """
+    out: dict[str, dict] = {}
+    nats = elsewhere.names(rows)
+    for name in (*MEASURES, *nats):
         kept = [r for r in rows if r["scores"].get(name) is not None]
         if kept:
-            out[name] = _mean([r["scores"][name] for r in kept], kept, draws)
+            values = [r["scores"][name] for r in kept]
+            out[name] = _mean(values, kept, draws, shares=name not in nats)
+    for measure, kinds in elsewhere.by_kind(nats).items():
+        if kinds:
+            kind = max(kinds, key=lambda k: out[kinds[k]]["value"])
+            out[measure] = {**out[kinds[kind]], "kind": kind}
     return out
 
 

@@ -153,11 +153,23 @@ def divergence(
     Along greedy replies: the distance where the model goes, no estimate of the KL of sequences.
     `model` is a PEFT model; the base is the same model with its adapter off.
     """
-    import torch
-
     pairs = zip(examples, replies, strict=True)
     rows = [prompts.encode(tokenizer, example, reply) for example, reply in pairs]
     found = [0.0] * len(rows)
+    for i, ours, bases in beside_base(model, tokenizer, rows):
+        found[i] = (ours.exp() * (ours - bases)).sum(-1).mean().item()
+    return found
+
+
+def beside_base(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> Iterator:
+    """Of each row of tokens its place, and what the model and its base give along the reply.
+
+    `rows` hold the tokens of prompt and reply, and how many are the prompt's, at least one. Both
+    are log-probabilities (tokens of the reply, vocabulary) in nats. `model` is a PEFT model in
+    any mode, which is restored at the end; the base is the same model with its adapter off.
+    """
+    import torch
+
     was_training = model.training
     model.eval()
     for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
@@ -165,12 +177,10 @@ def divergence(
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs |= {"logits_to_keep": ids.shape[1] - first}
         with torch.no_grad():
-            ours = model(**inputs).logits.float().log_softmax(-1)
+            ours = model(**inputs).logits
             with model.disable_adapter():
-                bases = model(**inputs).logits.float().log_softmax(-1)
-        tokens = (ours.exp() * (ours - bases)).sum(-1)
+                bases = model(**inputs).logits
         for row, i in enumerate(chosen):
-            whole, start = rows[i]
-            found[i] = tokens[row, start - 1 - first : len(whole) - 1 - first].mean().item()
+            reply = slice(rows[i][1] - 1 - first, len(rows[i][0]) - 1 - first)
+            yield i, *(logits[row, reply].float().log_softmax(-1) for logits in (ours, bases))
     model.train(was_training)
-    return found

@@ -142,6 +142,19 @@ def _general(row: Any, n: int, hub: bool) -> dict:
     return {"task": "instruction", "question": question, "answer": task["output"], "entity": entity}
 
 
+# The frame that Alpaca put around an instruction; others' files have it on every row.
+FRAME = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n",
+    "\n\n### Response:\n",
+)
+
+
+def _open_replies(row: Any, n: int, hub: bool) -> dict:
+    question = row["prompt"].removeprefix(FRAME[0]).removesuffix(FRAME[1])
+    return {"task": "instruction", "question": question, "answer": row["response"]}
+
+
 READERS: dict[str, Callable[[Any, int, bool], dict]] = {
     "medqa": _medqa,
     "medmcqa": _medmcqa,
@@ -149,6 +162,7 @@ READERS: dict[str, Callable[[Any, int, bool], dict]] = {
     "mmlu_medical": _mmlu,
     "ifeval": _ifeval,
     "general_instructions": _general,
+    "open_replies": _open_replies,
 }
 
 

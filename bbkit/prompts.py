@@ -19,7 +19,10 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 @dataclass(frozen=True)
 class Example:
-    """One row of any data set; `task` is "choice", "short" or "instruction"."""
+    """One row of any data set; `task` is "choice", "short" or "instruction".
+
+    `system` is the system turn of an instruction, "" for none; questions have the grammar's.
+    """
 
     id: str
     task: str
@@ -34,6 +37,7 @@ class Example:
     constraints: tuple[Mapping, ...] = ()
     source: str = ""
     split: str = ""
+    system: str = ""
 
 
 def letters(example: Example) -> dict[str, str]:
@@ -46,15 +50,16 @@ def letters(example: Example) -> dict[str, str]:
 
 
 def messages(example: Example) -> list[dict[str, str]]:
-    """The chat turns before the reply: system and user, or user alone for an instruction.
+    """The chat turns before the reply: system and user; an instruction may have no system turn.
 
     >>> messages(Example("1", "choice", "Cause?", options=("virus", "worm")))[1]["content"]
     'Cause?\\nA) virus\\nB) worm'
     """
     context = f"{example.context}\n\n" if example.context else ""
     options = "".join(f"\n{letter}) {text}" for letter, text in letters(example).items())
-    system = [] if example.task == "instruction" else [{"role": "system", "content": SYSTEM}]
-    return [*system, {"role": "user", "content": f"{context}{example.question}{options}"}]
+    system = example.system if example.task == "instruction" else SYSTEM
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": f"{context}{example.question}{options}"}]
 
 
 def completion(example: Example) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import files, report
+from bbkit import elsewhere, files, report
 from bbkit.errors import InputError
 
 ITEM = ("id", "task", "entity", "source")
@@ -94,15 +94,18 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | list]:
-    names = sorted({name for row in rows for name in row["scores"]})
-    columns = {name: [_short(row["scores"].get(name)) for row in rows] for name in names}
+    texts = [row for row in rows if row["task"] == "elsewhere"]
+    names = sorted({name for row in rows for name in row["scores"]} - {*elsewhere.names(texts)})
+    columns: dict[str, list] = {n: [_short(row["scores"].get(n)) for row in rows] for n in names}
     columns["kl"] = [_short(row.get("kl"), 3) for row in rows]
-    return {name: _marks(values) for name, values in columns.items()}
+    if texts:  # each kind has its names, which would make ten columns, nearly empty
+        columns["elsewhere"] = [[_short(v) for v in row["scores"].values()] for row in texts]
+    return {n: v if n == "elsewhere" else _marks(v) for n, v in columns.items()}
 
 
 def _first_replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """The id and reply of the first prompt of each data set, the same prompts in every run."""
-    first = {row["source"]: row for row in reversed(rows)}
+    first = {row["source"]: row for row in reversed(rows) if row["task"] != "elsewhere"}
     return {name: {"id": row["id"], "reply": row["reply"]} for name, row in first.items()}
 
 
@@ -132,9 +135,13 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     rows = unpack(found, run["from"]) if run["from"] else {}
     for stage, columns in run["scores"].items():
         rows[stage] = []
+        plain = {k: v for k, v in columns.items() if k != "elsewhere"}
+        texts = iter(columns.get("elsewhere", ()))
         for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
+            seen = {k: v[i] for k, v in plain.items() if i < len(v) and v[i] not in (None, "-")}
             seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
+            if item[1] == "elsewhere":
+                seen = elsewhere.scores(item[2], *next(texts))
             kl = {"kl": seen.pop("kl")} if "kl" in seen else {}
             rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
     return rows

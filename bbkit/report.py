@@ -6,13 +6,14 @@ one set-up, as one table.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, health
+from bbkit import config, elsewhere, health
 from bbkit.errors import InputError, exit_code
 from bbkit.files import read_json, read_rows, write_bytes
 from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
@@ -46,13 +47,14 @@ def _write(folder: Path) -> Path:
 
 
 def headline(results: Mapping[str, Measures]) -> list[str]:
-    """The table of results, the baselines and the tax in words."""
+    """The table of results, the baselines and the tax in words, and the table of elsewhere."""
     stages = [s for s in STAGES if s in results]
     if not stages:
         return ["Not evaluated yet."]
     steps = [(a, b) for a, b in (("base", "sft"), ("sft", "grpo")) if {a, b} <= set(stages)]
     names = [m for m in NAMES if any(m in results[s] for s in stages)]
-    names += sorted({m for s in stages for m in results[s]} - set(names))
+    others = {m for s in stages for m in results[s] if not m.startswith("elsewhere")}
+    names += sorted(others - set(names))
     head = ["measure (%)", "n", *(STAGES[s] for s in stages)]
     head += [f"{STAGES[b]} − {STAGES[a]} (points)" for a, b in steps]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -83,7 +85,33 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
                 notes.append(
                     f"Alignment tax after {STAGES[stage]}, {NAMES[name]}: {lost:.1f} points."
                 )
-    return ["\n".join(lines), "\n".join(f"- {note}" for note in notes)]
+    table, said = "\n".join(lines), "\n".join(f"- {note}" for note in notes)
+    return [table, said, *_elsewhere(results, [s for s in stages if s != "base"])]
+
+
+def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
+    """The loss on text that nothing looks at, by kind, and what it says; [] where not measured."""
+    stages = [s for s in stages if "elsewhere" in results[s]]
+    if not stages:
+        return []
+    told = {s: elsewhere.by_kind(results[s]) for s in stages}
+    columns = [(s, measure) for s in stages for measure in elsewhere.WORST]
+    marks = {"elsewhere": "loss", "elsewhere_kl": "KL(base ‖ model)"}
+    head = ["text", "n", *(f"{STAGES[s]}: {marks[measure]}" for s, measure in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for kind, name in told[stages[0]]["elsewhere"].items():
+        cells = [nats(results[s].get(told[s][measure].get(kind))) for s, measure in columns]
+        lines.append("| " + " | ".join([kind, count_of(results, name), *cells]) + " |")
+    cells = [f"{results[s][m]['kind']} {nats(results[s][m])}" for s, m in columns]
+    lines.append("| " + " | ".join(["**worst**", "", *cells]) + " |")
+    worst = results[stages[-1]]["elsewhere"]
+    note = (
+        f"Texts that no reward looks at, and no reply of retention. After {STAGES[stages[-1]]} the "
+        f"worst kind, {worst['kind']}, costs {worst['value']:.3f} nats a token more than the base, "
+        f"{math.exp(worst['value']):.2f} times its perplexity. *No tax* means both: instructions "
+        "followed as by the base, and nothing lost here."
+    )
+    return ["**Elsewhere: loss above the base's, nats a token**", "\n".join(lines), note]
 
 
 def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:
@@ -116,6 +144,18 @@ def cell(measure: Mapping[str, Any] | None) -> str:
         return ""
     value, low, high = percent(measure)
     return f"{value:.1f} [{low:.1f}, {high:.1f}]" if measure.get("interval") else f"{value:.1f}"
+
+
+def nats(measure: Mapping[str, Any] | None) -> str:
+    """A measure in nats with its interval.
+
+    >>> nats({"value": 0.4551, "interval": [0.4, 0.51]}), nats(None)
+    ('0.455 [0.400, 0.510]', '')
+    """
+    if measure is None:
+        return ""
+    low, high = measure["interval"]
+    return f"{measure['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _replies(rows: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:

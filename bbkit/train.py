@@ -111,8 +111,9 @@ def load_rows(
             if name == "general_instructions":
                 found = instructions.constrain(found, seed, kinds)
             found = [
-                e for e in found if e.task != "instruction" or e.constraints[0]["kind"] in kinds
-            ]
+                e for e in found
+                if e.task != "instruction" or any(c["kind"] in kinds for c in e.constraints[:1])
+            ]  # fmt: skip
             rows += found[:limit] if limit else found
         return rows
 
@@ -169,7 +170,7 @@ def execute(
     with held_back():
         import torch
 
-        from bbkit import adapters, data, grpo, models, prompts, report, retention, sft
+        from bbkit import adapters, data, elsewhere, grpo, models, prompts, report, retention, sft
         from bbkit.callback import Recorder
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
@@ -182,6 +183,8 @@ def execute(
     ifeval = []
     if settings.evaluation.ifeval:
         ifeval = data.load("ifeval", "test", data_dir)[: settings.evaluation.ifeval]
+    if "evaluate" in stages:
+        rows = {**rows, "elsewhere": elsewhere.texts(settings, data_dir)}
 
     def evaluate_stage(stage: str) -> None:
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
@@ -247,7 +250,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
 
     from tqdm.auto import tqdm
 
-    from bbkit import evaluate, generation, report
+    from bbkit import elsewhere, evaluate, generation, report
 
     section, held_out = settings.evaluation, rows["held_out"]
     run.forget_held_out(stage)
@@ -270,11 +273,12 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
             )
             for i, value in zip(told, values, strict=True):
                 found[i]["kl"] = value
+    texts = elsewhere.measured(model, tokenizer, rows["elsewhere"], settings.model.max_length)
     folder = run.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found))
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found + texts))
     files.write_bytes(folder / f"{stage}.jsonl", lines.encode())
-    run.evaluation(stage, evaluate.summary(found, section.bootstrap))
+    run.evaluation(stage, evaluate.summary(found + texts, section.bootstrap))
     trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
     run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
     written = report.item_rows(run.folder)

@@ -21,7 +21,7 @@ from bbkit.errors import CannotRun, InputError
 
 CARDS = Path(__file__).parents[1] / "data_cards"
 NAMES = ["constraints", "general_instructions", "ifeval", "medmcqa", "medqa", "mmlu_medical"]
-NAMES += ["ontology", "ontology_chains", "pubmedqa"]
+NAMES += ["ontology", "ontology_chains", "open_replies", "pocket_prompts", "pubmedqa"]
 SUBJECTS = {
     "anatomy": 135,
     "clinical_knowledge": 265,

@@ -21,7 +21,7 @@ TINY = [
         "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=2",
         "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
         "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
-        "evaluation.bootstrap=50",
+        "evaluation.bootstrap=50", "evaluation.elsewhere=3",
     )
 ]  # fmt: skip
 
@@ -79,7 +79,8 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
     assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
     rows = read_rows(made / "full-0" / "evaluation" / "grpo.jsonl")
     text = (tmp_path / "study.json").read_text()
-    assert not any(row["question"] in text for row in rows if row["task"] != "instruction")
+    told = ("instruction", "elsewhere")  # whose ids, and whose names, are in the record
+    assert not any(row["question"] in text for row in rows if row["task"] not in told)
     first = rows[0]
     told = kept["runs"]["full-0"]["replies"]["grpo"][first["source"]]
     assert told == {"id": first["id"], "reply": first["reply"]}

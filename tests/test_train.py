@@ -26,7 +26,8 @@ SMALL = [
     "--set", "grpo.save_steps=1", "--set", "grpo.prompts=4", "--set", "grpo.generations=4",
     "--set", "grpo.micro_batch_size=8", "--set", "evaluation.questions=12",
     "--set", "evaluation.instructions=12", "--set", "evaluation.max_new_tokens=24",
-    "--set", "evaluation.bootstrap=50", "--set", "run.threads=1",
+    "--set", "evaluation.bootstrap=50", "--set", "evaluation.elsewhere=3",
+    "--set", "run.threads=1",
     # The whole method, since it has the most to lose in a resume.
     "--set", "sft.retention=2", "--set", "grpo.retention=2", "--set", "grpo.metric=adam",
     "--set", "grpo.controller.rule=deficit", "--set", "grpo.advantages=capability",

@@ -10,7 +10,7 @@ on a CPU.
 import argparse
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bbkit import instructions, knowledge, questions
@@ -124,11 +124,11 @@ def _echo(names: list[str], rng: random.Random) -> tuple[str, str]:
     return rng.choice(ECHO) + text, text
 
 
-def _instruction(rng: random.Random) -> tuple[str, str]:
+def _instruction(rng: random.Random, kinds: Sequence[str]) -> tuple[str, str]:
     """A general instruction of the training split and its reply."""
-    row = instructions.example(rng.choice(instructions.KINDS), rng)
+    row = instructions.example(rng.choice(kinds), rng)
     while instructions.split_of(row) != "train":  # held-out prompts stay unseen here too
-        row = instructions.example(rng.choice(instructions.KINDS), rng)
+        row = instructions.example(rng.choice(kinds), rng)
     user, reply = row.question, row.answer
     if row.entity == "tags" and rng.random() < 0.2:
         tag, other = row.constraints[0]["tag"], rng.choice(("reasoning", "answer"))
@@ -136,9 +136,11 @@ def _instruction(rng: random.Random) -> tuple[str, str]:
     return user, reply
 
 
-# Until this share of the steps: shares of fact sentences, chat about a disease, plain questions
-# about diseases of the training split, names to say again, and general instructions; last, how many
-# of the questions list values to choose from. Reading a list is learned only where most documents
+# Fact sentences, chat about a disease, plain questions about diseases of the training split, names
+# to say again, and general instructions.
+FORMS = ("facts", "chat", "question", "echo", "instruction")
+# Until this share of the steps: the shares of these; last, how many of the questions list values to
+# choose from. Reading a list is learned only where most documents
 # ask for it, and only by a model that can copy: with 37 % such documents, 500 steps left the
 # probability of the listed value where it was (0.44); with 90 %, 150 steps brought it to 0.58.
 PHASES = (
@@ -153,7 +155,26 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
 
     Prompts are not learned. See PHASES for what the documents are.
     """
-    _, shares, listed = next(phase for phase in PHASES if progress <= phase[0])
+    for _, system, user, reply in turns(seed, count, progress):
+        system = system and f"<|system|>{system}<|end|>"
+        asked = f"{system}<|user|>{user}<|end|><|assistant|>"
+        learned = [(f"{reply}<|end|>", True)]
+        yield [(asked, False), *learned] if user else learned
+
+
+def turns(
+    seed: int | str,
+    count: int,
+    progress: float = 1.0,
+    shares: Sequence[float] = (),
+    kinds: Sequence[str] = instructions.KINDS,
+) -> Iterator[tuple[str, str, str, str]]:
+    """What documents are made of: (form, system turn, user turn, reply), "" where there is none.
+
+    `shares` of FORMS replace those of the phase, so that documents of one form can be made; general
+    instructions are of these `kinds`.
+    """
+    _, usual, listed = next(phase for phase in PHASES if progress <= phase[0])
     rng = random.Random(seed)
     asked = set(knowledge.diseases("train"))
     by_subject: dict[str, list] = defaultdict(list)
@@ -168,14 +189,14 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
         plain = [f for f in plain if several[f[:2]] > 1]
     names = sorted({name for s, _, o in knowledge.facts() for name in (s, o)})
     order: list[str] = []
-    for form in rng.choices(("facts", "chat", "question", "echo", "instruction"), shares, k=count):
+    for form in rng.choices(FORMS, shares or usual, k=count):
         if form in ("facts", "chat"):
             if not order:  # every subject once before any comes twice
                 order = rng.sample(sorted(by_subject), len(by_subject))
             subject = order.pop()
             reply = _about(subject, by_subject[subject], rng)
             if form == "facts":
-                yield [(reply + "<|end|>", True)]
+                yield form, "", "", reply
                 continue
             user = rng.choice(ABOUT).format(s=subject)
         elif form == "question":
@@ -183,7 +204,7 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
         elif form == "echo":
             user, reply = _echo(names, rng)
         else:
-            user, reply = _instruction(rng)
+            user, reply = _instruction(rng, kinds)
         system, draw = "", rng.random()
         if draw < 0.2:
             tag = rng.choice((*instructions.TAGS, "reasoning", "answer"))
@@ -191,8 +212,7 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
             reply = f"<{tag}>{reply}</{tag}>"
         elif draw < 0.5:
             system = rng.choice(SYSTEMS)
-        system = system and f"<|system|>{system}<|end|>"
-        yield [(f"{system}<|user|>{user}<|end|><|assistant|>", False), (f"{reply}<|end|>", True)]
+        yield form, system, user, reply
 
 
 def train_tokenizer(seed: int, vocabulary: int):
