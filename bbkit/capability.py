@@ -8,7 +8,6 @@ coefficients beside them. The paper gives no formulas: this is our reading (READ
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,8 +19,9 @@ from transformers.trainer_callback import ExportableState
 
 from bbkit import gradients, weighting
 from bbkit.errors import InputError
+from bbkit.limits import Limits
 
-METRICS = ("euclidean", "adam")
+METRICS = ("euclidean", "adam", "step")
 
 
 class Balance(TrainerCallback, ExportableState):
@@ -50,7 +50,6 @@ def capability_aware(
     controller: str = "deficit",
     combination: str = "dual_cone",
     metric: str = "euclidean",
-    retention: Callable[[Any, int], Tensor] | None = None,
     **control: float,
 ) -> type:
     """A subclass of `base`, a GRPOTrainer, that is built and used as `base` is.
@@ -58,13 +57,16 @@ def capability_aware(
     Each reward function is a capability; `args.reward_weights` is the preference. Each step goes
     from rewards to weights (`weighting.CONTROLLERS`, its options in `control`), to advantages
     (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
-    (`gradients.combine`, inner products `euclidean` or as `adam` steps). `retention(model, step)`
-    returns a loss that the step must not raise to first order. Made by a function, since unsloth
-    replaces the trainer's class on import: import it before the trainer.
+    (`gradients.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
+    weighted sum goes to the optimiser, and the step that it makes of it is moved to the nearest
+    that lowers no capability to first order (`bbkit.limits`): the dual cone, of the step. Made by a
+    function, since unsloth replaces the trainer's class on import: import it before the trainer.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
     """
     if metric not in METRICS:
         raise InputError(f"metric {metric!r}: use one of {', '.join(METRICS)}")
+    if metric == "step" and combination != "dual_cone":
+        raise InputError(f"metric step: is the dual cone's, not {combination}'s; set dual_cone")
 
     class CapabilityAware(base):  # type: ignore[misc, valid-type]
         """GRPO with a gradient per capability; see bbkit.capability.capability_aware."""
@@ -86,9 +88,11 @@ def capability_aware(
             self.gramian: list | None = None  # of the last step's capabilities
             self.micro_batches: list[dict] = []  # of this step so far
             self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
-            # Rows: the capabilities, then the KL penalty, then retention, where there is one.
-            rows = self.capabilities + bool(self.beta) + bool(retention)
-            self.capture = gradients.Capture(self.model, rows)
+            # Rows: the capabilities, then the KL penalty, where there is one.
+            self.capture = gradients.Capture(self.model, self.capabilities + bool(self.beta))
+            self.limits = None
+            if metric == "step":
+                self.limits = Limits(self.capture.parameters.values(), self._note)
             linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
             self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
             if self.gradient_engine == "replay":
@@ -195,18 +199,7 @@ def capability_aware(
 
         def _combine(self) -> None:
             """Put the combined gradient where the optimiser reads it, and log its parts."""
-            capture, kinds = self.capture, self.capabilities
-            cone, names = [*range(kinds)], [*self.reward_func_names]
-            if retention:
-                capture.drop()
-                with self.compute_loss_context_manager():
-                    kept = retention(
-                        self.accelerator.unwrap_model(self.model), self.state.global_step
-                    )
-                self.accelerator.backward(kept)
-                capture.take(len(capture) - 1)
-                cone, names = [*cone, len(capture) - 1], [*names, "retention"]
-                self._note("retention_loss", kept.item())
+            capture, kinds, names = self.capture, self.capabilities, self.reward_func_names
             rows = capture.gradients
             if self.accelerator.num_processes > 1:
                 rows.copy_(self.accelerator.reduce(rows, "mean"))
@@ -217,23 +210,27 @@ def capability_aware(
             inverse = None
             if metric == "adam":
                 inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
-            gramian = gradients.gramian(rows, inverse)[cone][:, cone]
-            preference = self.controller.weights + [0.0] * (len(cone) - kinds)
+            gramian = gradients.gramian(rows[:kinds], inverse)
             with torch.random.fork_rng(devices=[]):  # PCGrad draws an order, the same on every rank
                 torch.manual_seed(self.args.seed + self.state.global_step)
-                found = gradients.combine(gramian, combination, preference)
+                method = "sum" if self.limits else combination
+                found = gradients.combine(gramian, method, self.controller.weights)
             coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
-            coefficients[cone] = found.to(rows)
+            coefficients[:kinds] = found.to(rows)
             capture.put(coefficients * scale)
+            if self.limits:
+                self.limits.watch(self.optimizer)
+                for name, row in zip(names, rows, strict=False):
+                    self.limits.add(f"step/{name}", row.clone(), 0.0)
             cosines = gradients.cosines(gramian)
             for j, name in enumerate(names):
                 self._note(f"coefficient/{name}", found[j].item())
-                self._note(f"gradient_norm/{name}", rows[cone[j]].norm().item())
+                self._note(f"gradient_norm/{name}", rows[j].norm().item())
                 for k in range(j):
                     self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
-            self.gramian = gramian[:kinds, :kinds].tolist()
+            self.gramian = gramian.tolist()
             if self.observed is not None:
-                self.observed = {n: rows[k].clone() for n, k in zip(names, cone, strict=True)}
+                self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
             capture.clear()
             self.micro_batches = []
 

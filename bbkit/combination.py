@@ -2,11 +2,12 @@
 
 Serves the claim of gradient orthogonality: the neighbours that the paper is to be measured against
 (PCGrad, MGDA, CAGrad, UPGrad, Aligned-MTL: TorchJD's weightings) and our reading of it, projection
-of the preferred sum onto the dual cone, with constraints that want nothing for themselves.
+of the preferred sum onto the dual cone; and the same for a step that an optimiser has made.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +19,11 @@ COMBINATIONS = ("sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dua
 def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor | None = None):
     """Coefficients c (K,) of the update Σ_k c_k g_k, from the Gramian (K, K) alone.
 
-    `preference` (K,) weighs the gradients (default: 1/K each); one of 0 marks a gradient that
-    only constrains, such as retention: the update must not oppose it. `dual_cone` projects the
-    preferred sum onto the cone that opposes no gradient, `upgrad` each gradient by itself;
-    `mgda` and `random`, a placebo, take only its sum. A gradient that is 0 keeps its preference and
-    takes no part; with a Gramian that is not finite the answer is the preference. All but `sum` and
-    the last step are TorchJD's weightings (arXiv 2406.16232 and the works it cites).
+    `preference` (K,) weighs the gradients (default: 1/K each). `dual_cone` projects the preferred
+    sum onto the cone that opposes no gradient, `upgrad` each gradient by itself; `mgda` and
+    `random`, a placebo, take only its sum. A gradient that is 0 keeps its preference and takes no
+    part; with a Gramian that is not finite the answer is the preference. All but `sum` are
+    TorchJD's weightings (arXiv 2406.16232 and the works it cites).
 
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
     >>> [round(c, 3) for c in combine(conflict, "dual_cone", [1.0, 0.0]).tolist()]
@@ -47,7 +47,6 @@ def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor |
 
 
 def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
-    from scipy.optimize import nnls
     from torchjd import aggregation
     from torchjd.linalg import QuadprogProjector
 
@@ -63,7 +62,7 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
         return aggregation.DualProjWeighting(wanted * norm, projector)(unit) / norm
     if method == "upgrad":
         return aggregation.UPGradWeighting(wanted * norm, projector)(unit) / norm
-    free = wanted > 0
+    free = wanted > 0  # a preference of 0 has no part in what only weighs gradients
     part, weights = matrix[free][:, free] / norm.max() ** 2, wanted[free]
     scaled = part * torch.outer(weights, weights)  # of the weighted gradients w_k g_k
     if method == "sum":
@@ -84,11 +83,49 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
         chosen = chosen * len(weights)
     coefficients = torch.zeros_like(wanted)
     coefficients[free] = chosen
-    if not free.all():  # A-GEM's projection: the nearest update that opposes no constraint
-        bound = ~free
-        root = torch.linalg.cholesky(unit[bound][:, bound] + 1e-12 * torch.eye(int(bound.sum())))
-        against = unit[bound] @ (coefficients * norm).unsqueeze(1)
-        inner = torch.linalg.solve_triangular(root, against, upper=False)[:, 0]
-        pushed = torch.from_numpy(nnls(root.T.numpy(), -inner.numpy())[0])
-        coefficients[bound] = pushed / norm[bound]
     return coefficients
+
+
+def nearest(gramian: Tensor, slopes: Tensor, bounds: Tensor) -> tuple[Tensor, float]:
+    """How much of each row to take out of a displacement Δ, so that ⟨g_j, Δ⟩ ≤ b_j.
+
+    `gramian` (R, R) is ⟨g_j, S g_k⟩ in the metric S of the step, `slopes` (R,) are ⟨g_j, Δ⟩,
+    `bounds` (R,) b. Returns μ (R,), for which Δ − S Gᵀμ is the displacement nearest to Δ in S⁻¹
+    that keeps every bound, and what is left: 0, or where the bounds contradict one another the
+    least violation of them (least squares over rows of length 1, of the largest need), which the
+    step then has. A row of 0 bounds nothing. Least-distance programming (Lawson and Hanson 1974,
+    chapter 23) by quadprog.
+
+    >>> one = torch.ones(1, 1)
+    >>> nearest(one, torch.tensor([0.5]), torch.tensor([0.1]))[0].tolist()
+    [0.4]
+    """
+    import quadprog
+    from scipy.optimize import nnls
+
+    matrix, removed = gramian.double().cpu(), torch.zeros(len(gramian), dtype=torch.float64)
+    need = slopes.double().cpu() - bounds.double().cpu()  # what each row must lose
+    sizes = matrix.diagonal()
+    live = (sizes > 1e-24 * sizes.max()) & need.isfinite()
+    if not (live & (need > 0)).any() or not matrix.isfinite().all():
+        return removed, 0.0
+    norm = sizes[live].sqrt()
+    # In the space that the rows span: Δ moves by −Σ z_i e_i, row j loses (A z)_j, and |z| is how
+    # far. Unit rows, since a long one beside a short one would decide what counts as rounding.
+    values, vectors = torch.linalg.eigh(matrix[live][:, live] / torch.outer(norm, norm))
+    kept = values > 1e-12 * values.max()
+    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+    lose = (vectors * roots).numpy()
+    wanted = (need[live] / norm).numpy()
+    scale = abs(wanted).max()
+    wanted = wanted / scale
+    count, left = lose.shape[1], 0.0
+    try:
+        found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
+    except ValueError:  # contradictory: first the least violation, then the nearest that has it
+        parts = np.concatenate([lose, -lose, -np.eye(len(lose))], axis=1)
+        best, left = nnls(parts, wanted)
+        wanted = parts @ best - 1e-9
+        found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
+    removed[live] = scale * (vectors / roots) @ torch.from_numpy(found) / norm
+    return removed, float(left)

@@ -31,6 +31,10 @@ Combination = Literal[
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+_MOVED = "; the section retention serves both stages now: set its rule, per_step and stages"
+RENAMED = dict.fromkeys(("sft.retention", "grpo.retention"), _MOVED)
+
+
 # What each key means stands beside it in every file of presets/.
 @dataclass(frozen=True)
 class Model:
@@ -74,8 +78,9 @@ class Sft:
     max_grad_norm: Positive = 1.0
     optimizer: Optimizer = "adamw_torch"
     scheduler: Scheduler = "linear"
-    loss_type: Literal["nll", "chunked_nll"] = "nll"
-    retention: Whole = 0
+    loss_type: Literal["nll", "chunked_nll", "dft"] = "nll"
+    asft_alpha: Positive = 0.0
+    replay: Annotated[float, (0.0, 0.9)] = 0.0
     averaging: Share = 0.0
     save_steps: Count = 50
 
@@ -121,12 +126,24 @@ class Grpo:
     advantages: Literal["capability", "gdpo", "grpo", "dr_grpo"] = "grpo"
     sigma_floor: Share = 0.1
     combination: Combination = "sum"
-    metric: Literal["euclidean", "adam"] = "euclidean"
-    retention: Whole = 0
+    metric: Literal["euclidean", "adam", "step"] = "euclidean"
     instruction_share: Share = 0.25
     updates_per_generation: Count = 1
     mask_truncated: bool = False
     save_steps: Count = 20
+
+
+@dataclass(frozen=True)
+class Retention:
+    rule: Literal["none", "penalty", "step", "cone"] = "none"
+    weight: Positive = 0.2
+    budget: Positive = 0.01
+    recovery: Share = 0.3
+    prompts: tuple[str, ...] = ("self",)
+    replies: Count = 512
+    per_step: Count = 8
+    max_new_tokens: Count = 128
+    stages: tuple[str, ...] = ("sft", "grpo")
 
 
 @dataclass(frozen=True)
@@ -163,6 +180,7 @@ class Settings:
     data: Data = field(default_factory=Data)
     sft: Sft = field(default_factory=Sft)
     grpo: Grpo = field(default_factory=Grpo)
+    retention: Retention = field(default_factory=Retention)
     evaluation: Evaluation = field(default_factory=Evaluation)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -317,7 +335,7 @@ def _apply(section: Any, values: Mapping[str, Any], source: str, prefix: str = "
         name = f"{prefix}{key}"
         if key not in hints:
             name = next(iter(leaves({name: value})), name)
-            near = _nearest(name, leaves(to_dict(Settings())))
+            near = RENAMED.get(name) or _nearest(name, leaves(to_dict(Settings())))
             raise InputError(f"{source}: unknown key {name}{near}")
         if not is_dataclass(hints[key]):
             changes[key] = _checked(value, hints[key], source, name)
@@ -367,6 +385,22 @@ def _consistent(s: Settings) -> Settings:
         (
             g.metric == "adam" and not g.optimizer.startswith("adamw_torch"),
             f"grpo.metric=adam reads float second moments, grpo.optimizer={g.optimizer} keeps none",
+        ),
+        (
+            g.metric == "step" and g.combination != "dual_cone",
+            f"grpo.metric=step is the dual cone's: grpo.combination={g.combination}",
+        ),
+        (
+            sft.asft_alpha and sft.loss_type == "chunked_nll",
+            "sft.asft_alpha needs all logits, which sft.loss_type=chunked_nll does not make",
+        ),
+        (
+            not {*s.retention.stages} <= {"sft", "grpo"},
+            f"retention.stages={list(s.retention.stages)}: of sft and grpo",
+        ),
+        (
+            (s.retention.rule != "none" or sft.replay) and not s.retention.prompts,
+            "retention.prompts is empty: name data cards, a file, or self",
         ),
         (
             g.controller.floor * 3 >= 1,

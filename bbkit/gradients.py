@@ -230,36 +230,48 @@ def replay(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Capture:
     return capture
 
 
+def inner(rows: Tensor, others: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(J, K) inner products ⟨g_j, S h_k⟩ of rows (J, P) and (K, P), S = diag(scale) or identity.
+
+    Pieces are multiplied in the rows' precision and summed in float64; all in float64 took ten
+    times as long.
+    """
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], 2**16):
+        piece = rows[:, start : start + 2**16]
+        scaled = piece if scale is None else piece * scale[start : start + 2**16]
+        total += scaled @ others[:, start : start + 2**16].T
+    return total.cpu()
+
+
 def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
     """(K, K) inner products ⟨g_j, S g_k⟩ of rows (K, P), S = diag(scale) (P,) or the identity.
 
-    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps. Pieces are
-    multiplied in the rows' precision and summed in float64; all in float64 took ten times as long.
+    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps.
     """
-    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64).to(gradients.device)
-    for start in range(0, gradients.shape[1], 2**16):
-        piece = gradients[:, start : start + 2**16]
-        scaled = piece if scale is None else piece * scale[start : start + 2**16]
-        total += scaled @ piece.T
-    return ((total + total.T) / 2).cpu()
+    total = inner(gradients, gradients, scale)
+    return (total + total.T) / 2
 
 
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from the second moments before the step; None at first.
+    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from its second moments as they are now; None before any.
 
-    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
+    A parameter which has none has never moved: 0. Raises CannotRun for an optimiser without them,
+    such as those with 8-bit states.
     """
     group = next(g for g in optimizer.param_groups if g["params"])
-    parts = []
+    parts, known = [], False
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         if not state:
-            return None
-        if "exp_avg_sq" not in state:
+            parts.append(torch.zeros_like(parameter).flatten())
+            continue
+        if "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
             raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
+        known = True
         corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
         parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
-    return torch.cat(parts)
+    return torch.cat(parts) if known else None
 
 
 def cosines(gramian: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from bbkit import judge, processes, prompts, rewards
 from bbkit.config import Settings
 from bbkit.prompts import Example
+from bbkit.replies import Reply
 from bbkit.sft import arguments, precision
 
 CAPABILITIES = tuple(rewards.REWARDS)
@@ -79,16 +80,17 @@ def reward_functions(
 
 def build(
     model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
-    retention=None,
+    replies: Sequence[Reply] = (),
 ):  # fmt: skip
     """A capability-aware GRPOTrainer over `order` (see `schedule`) for a model with its LoRA on.
 
-    `retention` as in `capability.capability_aware`.
+    `replies` are those of the base, which retention keeps.
     """
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    from bbkit import retention
     from bbkit.adapters import keep_float32, load_adapter
     from bbkit.capability import capability_aware
 
@@ -167,16 +169,16 @@ def build(
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
     )
-    trainer = capability_aware(
+    aware = capability_aware(
         Trainer,
         advantages=section.advantages,
         sigma_floor=section.sigma_floor,
         combination=section.combination,
         metric=section.metric,
         controller=section.controller.rule,
-        retention=retention,
         **{k: getattr(section.controller, k) for k in ("rate", "ema", "target", "floor")},
     )
+    trainer = retention.around(aware, settings, "grpo", replies)
     base_judges = partial(judge.judged, model, tokenizer) if section.judge else None
     with keep_float32(model):
         return trainer(

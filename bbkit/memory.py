@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import hub
+from bbkit import hub, retention
 from bbkit.errors import CannotRun, InputError
 
 if TYPE_CHECKING:
@@ -143,9 +143,9 @@ def plan(
     out = {}
     s, g = settings.sft, settings.grpo
     for stage, sequences, read, rows, filled in (
-        ("sft", s.micro_batch_size, model.max_length, bool(s.retention), 0),
-        ("grpo", g.micro_batch_size, g.max_completion_length,
-         3 + bool(g.beta) + bool(g.retention), g.sample_at_once or g.prompts * g.generations),
+        ("sft", s.micro_batch_size, model.max_length, 0, 0),
+        ("grpo", g.micro_batch_size, g.max_completion_length, 3 + bool(g.beta),
+         g.sample_at_once or g.prompts * g.generations),
     ):  # fmt: skip
         section = getattr(settings, stage)
         parts = common | {"optimiser": (2 if "8bit" in section.optimizer else 8) * lora}
@@ -155,6 +155,18 @@ def plan(
             "logits": LOGIT[kind] * sequences * read * config.vocab_size,
         }
         kv = {"kv_cache": filled * model.max_length * cache}
+        kept = settings.retention
+        if kept.rule != "none" and stage in kept.stages:
+            # Its own passes come after, in parts of so many logits; a step's rule keeps where the
+            # weights were, the row, the displacement and the metric beside the gradients.
+            row = config.vocab_size * (kept.max_new_tokens + 1)
+            some = min(kept.per_step, max(1, retention.LOGITS // row))
+            parts["retention"] = 4 * lora * (1 if kept.rule == "penalty" else 6)
+            passing["activations"] = max(
+                passing["activations"],
+                some * min(2 * kept.max_new_tokens, model.max_length) * saved,
+            )
+            passing["logits"] = max(passing["logits"], LOGIT[kind] * some * row)
         peak = sum(parts.values()) + max(sum(passing.values()), kv["kv_cache"])
         out[stage] = parts | passing | kv | {"peak": peak}
     return out

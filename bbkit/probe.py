@@ -66,7 +66,7 @@ def _main(args: argparse.Namespace) -> int:
             cells.append(f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]")
             print(f"| {scheme} | " + " | ".join(cells) + " |")
         for metric in ("euclidean", "adam") if args.steps else ():
-            changed = {"steps": args.steps, "metric": metric, "retention": 4}
+            changed = {"steps": args.steps, "metric": metric}
             counted = opposed(trainer_at(args, Path(folder), changed))
             found[f"opposed_{metric}"] = counted
             told = (
@@ -86,14 +86,15 @@ def trainer_at(args: argparse.Namespace, folder: Path, changed: Mapping[str, Any
     """
     import torch
 
-    from bbkit import adapters, grpo, models, retention, train
+    from bbkit import adapters, grpo, models, train
 
     values = files.read_json(args.run / "run.json")["settings"]
     values["grpo"] |= {
-        "advantages": "capability", "combination": "dual_cone", "retention": 0, "beta": 0.0,
+        "advantages": "capability", "combination": "dual_cone", "beta": 0.0,
         "updates_per_generation": 1, "save_steps": 10**9, "optimizer": "adamw_torch",
         "max_grad_norm": 0.0,
     } | dict(changed)  # fmt: skip
+    values["retention"] = {"rule": "none"}
     values["run"]["seed"] = args.seed
     settings = config.from_dict(values, str(args.run))
     section = settings.grpo
@@ -101,20 +102,11 @@ def trainer_at(args: argparse.Namespace, folder: Path, changed: Mapping[str, Any
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     model, tokenizer = models.load(settings.model, offline=args.offline)
     asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
-    kept = None
-    if section.retention and general:
-        anchored = retention.anchors(
-            folder / "anchors.jsonl", model, tokenizer, general, section.max_completion_length,
-            settings.evaluation.batch_tokens,
-        )  # fmt: skip
-        kept = retention.loss(
-            tokenizer, anchored, section.retention, settings.model.max_length, args.seed
-        )
     model = adapters.load_adapter(model, args.run / args.stage / "adapter")
     order = grpo.schedule(
         asked, general, section.steps, section.prompts, section.instruction_share, args.seed
     )
-    return grpo.build(model, tokenizer, order, settings, folder, retention=kept)
+    return grpo.build(model, tokenizer, order, settings, folder)
 
 
 def samples(trainer) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from bbkit import elsewhere, files, report
 from bbkit.errors import InputError
 
 ITEM = ("id", "task", "entity", "source")
-LOGGED = ("reward/", "weight/", "coefficient/", "cosine/", "entropy", "unparsed")
+LOGGED = ("reward/", "weight/", "coefficient/", "cosine/", "entropy", "unparsed", "retention/")
 Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
 
 
@@ -46,6 +46,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             "end": manifest["end"], "hardware": manifest["hardware"],
             "versions": manifest["versions"], "from": source,
             "grpo": manifest["settings"]["grpo"] if source else None,
+            "retention": manifest["settings"].get("retention"),
             "scores": {stage: _columns(rows) for stage, rows in kept.items()},
             "replies": {stage: _first_replies(rows) for stage, rows in kept.items()},
             "log": {name: [_short(row.get(name), 3) for row in logged] for name in names},

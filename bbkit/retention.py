@@ -1,115 +1,308 @@
-"""Retention: a gradient that keeps the base model's own replies likely, as a constraint.
+"""Retention: the base's distribution along its own replies, kept by what a step may not do.
 
-Serves the claim of no alignment tax: three orthogonal rewards say nothing about what none of them
-measures. Anchors are greedy replies of the base model to general instructions of the training
-split, made once and kept in the run folder: no new data, no test data. The step may not raise their
-loss to first order (A-GEM's constraint, arXiv 1812.00420, here one more row of the Gramian).
+Serves the claim of no alignment tax: rewards say nothing about what none of them measures. The loss
+is KL(base ‖ policy) along greedy replies of the base to broad prompts (bbkit.replies), in nats a
+token; rules are a penalty on it, a budget for it on the step that the optimiser really takes (the
+paper's orthogonality where it counts; a discrete control barrier, Ames et al. 2019), and A-GEM's
+cone of gradients (arXiv 1812.00420), which Adam undoes. `keeping` puts them around any Trainer.
 """
 
-import json
+from __future__ import annotations
+
+import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bbkit import files, generation, gradients, prompts
+from bbkit import data, files, instructions, processes, prompts, replies
+from bbkit.config import Settings
+from bbkit.errors import InputError
+from bbkit.limits import Limits
 from bbkit.prompts import Example
+from bbkit.replies import Reply
 
-ANCHORS = 64  # replies of the base to draw from
+RULES = ("penalty", "step", "cone")
+LOGITS = 2**25  # numbers in the logits of one pass at most: 128 MB for each copy of them
 
 
-def anchors(
-    path: Path,
-    model,
-    tokenizer,
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    batch_tokens: int,
-) -> list[tuple[Example, str]]:
-    """64 of the `examples`, any 64, with the base model's replies.
+def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[tuple]:
+    """Token rows (tokens, how many of them are the prompt's) in parts: ids, mask, reply mask.
 
-    These are read from `path` if they have been made before. `model` is the base, without adapter.
+    Prompts end and replies begin at one column, so that `logits_to_keep` leaves out the prompts;
+    the reply mask (n, T) is over the last T tokens. A part has at most LOGITS logits, or one row.
     """
-    places = random.Random(0).sample(range(len(examples)), min(ANCHORS, len(examples)))
-    chosen = [examples[i] for i in sorted(places)]
-    if not path.is_file():
-        replies = generation.generate(model, tokenizer, chosen, max_new_tokens, batch_tokens)
-        lines = (
-            json.dumps({"id": e.id, "reply": r}, ensure_ascii=False) + "\n"
-            for e, r in zip(chosen, replies, strict=True)
-        )
-        files.write_bytes(path, "".join(lines).encode())
-    kept = {row["id"]: row["reply"] for row in files.read_rows(path)}
-    return [(e, kept[e.id]) for e in chosen]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) - rows[i][1])
+    while order:
+        longest = max(1, len(rows[order[-1]][0]) - rows[order[-1]][1])
+        most = max(1, LOGITS // (vocabulary * (longest + 1)))
+        part, order = [rows[i] for i in order[-most:]], order[:-most]
+        asked = max(prompt for _, prompt in part)
+        ids = torch.zeros(len(part), asked + longest, dtype=torch.long)
+        mask, told = torch.zeros_like(ids), torch.zeros(len(part), longest, dtype=torch.bool)
+        for i, (tokens, prompt) in enumerate(part):
+            start = asked - prompt
+            ids[i, start : start + len(tokens)] = torch.tensor(tokens)
+            mask[i, start : start + len(tokens)] = 1
+            told[i, : len(tokens) - prompt] = True
+        yield ids, mask, told
 
 
-def loss(
-    tokenizer, anchored: Sequence[tuple[Example, str]], size: int, max_length: int, seed: int
-) -> Callable[[Any, int], Tensor]:
-    """A function (model, step) -> mean negative log-likelihood of `size` anchor replies.
+def divergence(model, base: Callable[[], Any], part: tuple) -> Tensor:
+    """KL(base ‖ policy) in nats, full vocabulary, summed over the reply tokens of a part.
 
-    Which ones follows from the seed and the step, so that a resumed run sees the same.
+    `base()` is a context whose value is the base; a part is one of `batches`.
     """
-    rows = []
-    for example, reply in anchored:
-        whole, asked = prompts.encode(tokenizer, example, reply)
-        whole = whole[:max_length]
-        rows.append((whole, ([-100] * asked + whole[asked:])[: len(whole)]))
-    size = min(size, len(rows))
+    ids, mask, told = (tensor.to(next(model.parameters()).device) for tensor in part)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": told.shape[1] + 1}
+    known = inspect.signature(inner.forward).parameters
+    given = {name: value for name, value in given.items() if name in known}
 
-    def anchor_loss(model, step: int) -> Tensor:
-        chosen = random.Random(f"anchors/{seed}/{step}").sample(rows, size)
-        width = max(len(ids) for ids, _ in chosen)
-        fill = tokenizer.pad_token_id
-        ids = torch.tensor([i + [fill] * (width - len(i)) for i, _ in chosen])
-        labels = torch.tensor([t + [-100] * (width - len(t)) for _, t in chosen])
-        mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in chosen])
-        here = next(model.parameters()).device
-        return model(
-            input_ids=ids.to(here), attention_mask=mask.to(here), labels=labels.to(here)
-        ).loss
+    def log_probabilities(some) -> Tensor:
+        logits = some(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        return logits[:, -told.shape[1] - 1 : -1][told].float().log_softmax(-1)
 
-    return anchor_loss
+    with torch.no_grad(), base() as frozen:
+        wanted = log_probabilities(frozen)
+    ours = log_probabilities(model)
+    return torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
 
 
-def retaining(base: Any, retention: Callable[[Any, int], Tensor]) -> type:
-    """A subclass of an SFTTrainer whose steps do not raise `retention(model, step)`.
+@contextmanager
+def _off(model) -> Iterator[Any]:
+    with model.disable_adapter():
+        yield model
 
-    One more backward pass per step. Logs `cosine/sft/retention` and `coefficient/retention`.
+
+def _replies(model, tokenizer, given: Any, seed: int, count: int, longest: int) -> list[Reply]:
+    """The replies that `keeping` was given, or asked for."""
+    if tokenizer is None:
+        raise InputError("retention: pass the tokenizer to the trainer, as processing_class")
+    if isinstance(given, str):
+        if given != "self":
+            raise InputError(f'retention: replies {given!r}; give "self", prompts or rows')
+        given = replies.own_turns(model, tokenizer, count, seed)
+    elif isinstance(given, Sequence) and given and isinstance(given[0], Reply):
+        return list(given)
+    rows = replies.from_rows(tokenizer, given)
+    return rows.replies or replies.answered(
+        model, tokenizer, rows.prompts, longest, kinds=rows.kinds
+    )
+
+
+def keeping(
+    trainer: type,
+    replies: Any = "self",
+    rule: str = "penalty",
+    weight: float = 0.2,
+    budget: float = 0.01,
+    recovery: float = 0.3,
+    per_step: int = 8,
+    count: int = 512,
+    max_new_tokens: int = 128,
+    base: Any = None,
+) -> type:
+    """A subclass of any transformers or TRL `trainer` that keeps what its base model was.
+
+    Built and used as `trainer` is. `replies`: "self", the base writes `count` conversations before
+    the first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily;
+    or rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). Each step takes
+    `per_step` of them and their L = KL(base ‖ policy), nats a token:
+
+    - `penalty` adds `weight` × ∇L;
+    - `step` lets a step raise L by no more than `recovery` × (`budget` − L) to first order, and
+      above the budget makes it take so much back, on the displacement that the optimiser made;
+    - `cone` takes from the gradient what opposes ∇L, and no more.
+
+    The base is the model with its adapter off, or `base`, a frozen copy, where all weights train.
+    Logged: `retention/kl`, and for cone and step `retention/slope`, `/slope_kept`, `/cut`.
+    Raises InputError for an unknown rule, and in training where there is no base.
+
+    >>> from trl import SFTTrainer
+    >>> issubclass(keeping(SFTTrainer, weight=0.5), SFTTrainer)
+    True
     """
+    if rule not in RULES:
+        raise InputError(f"retention rule {rule!r}: use one of {', '.join(RULES)}")
 
-    class Retaining(base):
-        """SFT with the anchors' gradient as a constraint; see bbkit.retention.retaining."""
+    class Keeping(trainer):  # type: ignore[misc, valid-type]
+        """A trainer that keeps what its base was; see bbkit.retention.keeping."""
+
+        limits: Limits | None = None  # that of bbkit.capability, or ours
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.capture = gradients.Capture(self.model, 2)
+            self._noted: dict[str, list[float]] = defaultdict(list)
+            self._kept: list[tuple[list[int], int]] = []
+            self._trained = [p for p in self.model.parameters() if p.requires_grad]
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise InputError("retention: not with FSDP or DeepSpeed, which scatter the weights")
+            if base is None and not hasattr(self.model, "disable_adapter"):
+                raise InputError(
+                    "retention: this model trains its own weights and has no adapter to switch off "
+                    "for its base: pass keeping(..., base=a frozen copy), or peft_config"
+                )
+            if rule != "penalty" and self.limits is None:
+                self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
+
+        def _base(self):
+            if base is not None:
+                return nullcontext(base)
+            return _off(self.accelerator.unwrap_model(self.model))
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             value = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
-                self.capture.take(0)
-                with self.compute_loss_context_manager():
-                    kept = retention(
-                        self.accelerator.unwrap_model(self.model), self.state.global_step
-                    )
-                self.accelerator.backward(kept)
-                self.capture.take(1)
-                rows = self.capture.gradients
-                if self.accelerator.num_processes > 1:
-                    rows.copy_(self.accelerator.reduce(rows, "mean"))
-                gramian = self.capture.gramian
-                found = gradients.combine(gramian, "dual_cone", [1.0, 0.0])
-                self.capture.put(found)
-                self.capture.clear()
-                metrics = self._metrics["train"]
-                cosine = gradients.cosines(gramian)[0, 1]
-                metrics["cosine/sft/retention"].append(cosine.item())
-                metrics["coefficient/retention"].append(found[1].item())
-                metrics["retention_loss"].append(kept.item())
+                self._keep(self.accelerator.unwrap_model(self.model))
             return value
 
-    return Retaining
+        def _keep(self, model) -> None:
+            """Put the rule into the gradients of the step, or in the way of it."""
+            self._kept = self._kept or self._made()
+            own = [p.grad for p in self._trained]
+            for p in self._trained:
+                p.grad = None
+            level = self._backward(model)
+            rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+            self._noted["retention/kl"].append(level)
+            share = weight if rule == "penalty" else self._against(own, rows)
+            for p, mine, row in zip(self._trained, own, rows, strict=True):
+                p.grad = mine if not share else row * share if mine is None else mine + share * row
+            if self.limits is not None:
+                scaler = self.accelerator.scaler
+                flat = torch.cat([row.flatten().float() for row in rows])
+                flat = flat / (scaler.get_scale() if scaler else 1.0)
+                bound = recovery * (budget - level) if rule == "step" else float("inf")
+                self.limits.watch(self.optimizer)
+                self.limits.add("retention", flat, bound)
+
+        def _against(self, own, rows) -> float:
+            """How much of ∇L the cone adds to the gradient: what takes its opposition away."""
+            if rule != "cone":
+                return 0.0
+            pairs = [(a, b) for a, b in zip(own, rows, strict=True) if a is not None]
+            dot, size, whole = (
+                sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
+                for some in (pairs, [(b, b) for b in rows], [(a, a) for a, _ in pairs])
+            )
+            share = max(0.0, -dot / size) if size else 0.0
+            self._noted["retention/cut"].append(share * (size / whole) ** 0.5 if whole else 0.0)
+            return share
+
+        def _backward(self, model) -> float:
+            """Gradients of L on this step's replies into `.grad`, the mean over processes; L."""
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            drawn = random.Random(f"replies/{self.args.seed}/{self.state.global_step}")
+            chosen = drawn.sample(self._kept, min(per_step, len(self._kept)))
+            tokens = sum(len(whole) - asked for whole, asked in chosen)
+            total = torch.zeros((), device=self.accelerator.device)
+            for part in batches(chosen[rank::world], model.config.vocab_size):
+                with self.compute_loss_context_manager():
+                    loss = divergence(model, self._base, part) / tokens
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            if world > 1:
+                total = self.accelerator.reduce(total, "sum")
+                for p in self._trained:
+                    mine = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = self.accelerator.reduce(mine, "sum")
+            return total.item()
+
+        def _made(self) -> list[tuple[list[int], int]]:
+            """The replies as tokens, made before the first step, and again after a resume."""
+            from accelerate.utils import broadcast_object_list
+
+            found: list = [None]
+            if self.accelerator.is_main_process:
+                with self._base() as frozen:
+                    found[0] = _replies(
+                        frozen, self.processing_class, replies, self.args.seed, count,
+                        max_new_tokens,
+                    )  # fmt: skip
+            broadcast_object_list(found)
+            longest = getattr(self.args, "max_length", None) or 10**6
+            rows = [((r.prompt_ids + r.reply_ids)[:longest], len(r.prompt_ids)) for r in found[0]]
+            rows = [(whole, asked) for whole, asked in rows if 0 < asked < len(whole)]
+            if not rows:
+                raise InputError("retention: no reply of the base fits into max_length; raise it")
+            return rows
+
+        def log(self, logs, *args, **kwargs):
+            if "loss" in logs:
+                logs = {**logs, **{k: sum(v) / len(v) for k, v in self._noted.items()}}
+                self._noted.clear()
+            return super().log(logs, *args, **kwargs)
+
+    return Keeping
+
+
+def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Reply]) -> type:
+    """`trainer` with the rule that the settings have for a stage, or as it is."""
+    section = settings.retention
+    if section.rule == "none" or stage not in section.stages:
+        return trainer
+    return keeping(
+        trainer, replies, section.rule, section.weight, section.budget, section.recovery,
+        section.per_step,
+    )  # fmt: skip
+
+
+def of_run(
+    path: Path, model, tokenizer, settings: Settings, held_out: Sequence[Example],
+    data_dir: Path | None,
+) -> list[Reply]:  # fmt: skip
+    """The base's replies of a run, from the file in its folder or made now and kept there.
+
+    The prompts are those of `retention.prompts`, in equal shares of their kinds. Raises InputError
+    where one is not of a split to train on, or is asked in the evaluation.
+    """
+    if processes.is_first() and not path.is_file():
+        section, tests = settings.retention, [e.question for e in held_out]
+        rows: list[dict] = []
+        for name in section.prompts:
+            if name == "self":
+                own = replies.own_turns(
+                    model, tokenizer, section.replies, settings.run.seed, held_out=tests
+                )
+                rows += [{"prompt": turns, "kind": "self"} for turns in own]
+            elif name.endswith(".jsonl"):
+                rows += files.read_rows(Path(name))
+            else:
+                rows += _of_card(name, settings, data_dir)
+        replies.refuse_held_out([row["prompt"] for row in rows if "prompt" in row], tests)
+        given = replies.from_rows(tokenizer, rows, section.replies, settings.run.seed)
+        made = given.replies or replies.answered(
+            model, tokenizer, given.prompts, section.max_new_tokens,
+            settings.evaluation.batch_tokens, given.kinds,
+        )  # fmt: skip
+        replies.write(path, made)
+        print(f"retention: {len(made)} replies of the base to {', '.join(section.prompts)}")
+    processes.wait()
+    return replies.read(path)
+
+
+def _of_card(name: str, settings: Settings, data_dir: Path | None) -> list[dict]:
+    """Prompts of a data card: of "card", or "card/part", a split to train on or a kind of rows."""
+    card, _, part = name.partition("/")
+    split = part if part in data.card(card)["splits"] else "train"
+    if data.role(card, split) != "train":
+        raise InputError(f"retention.prompts {name}: not a split to train on; its card says why")
+    given = data.load(
+        card, split, data_dir, allow_changed=settings.data.allow_changed, seed=settings.run.seed
+    )
+    by_kind: dict[str, list[dict]] = {}
+    for e in given:
+        if not any(c["kind"] in instructions.UNSEEN for c in e.constraints):
+            kind = e.entity if card in data.GENERATED else card
+            by_kind.setdefault(kind, []).append({"prompt": prompts.messages(e), "kind": kind})
+    if part and split != part:
+        if part not in by_kind:
+            raise InputError(f"retention.prompts {name}: no kind {part}; of {', '.join(by_kind)}")
+        by_kind = {part: by_kind[part]}
+    return [row for rows in by_kind.values() for row in rows]

@@ -10,6 +10,7 @@ from pathlib import Path
 from bbkit import processes, prompts
 from bbkit.config import Settings
 from bbkit.prompts import Example
+from bbkit.replies import Reply
 
 
 def rows(examples: Sequence[Example]) -> list[dict]:
@@ -73,15 +74,56 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
     }
 
 
+def asft(base: type, alpha: float) -> type:
+    """An SFTTrainer whose loss adds `alpha` × KL(base ‖ policy) on the gold replies.
+
+    With `loss_type="dft"` that is ASFT (arXiv 2509.23753). The base is the model without adapter.
+    """
+    import torch
+
+    class Anchored(base):  # type: ignore[misc, valid-type]
+        """SFT with a KL to the base on the training tokens; see bbkit.sft.asft."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            told = inputs["labels"][:, 1:] != -100
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            bare = self.accelerator.unwrap_model(self.model)
+            with torch.no_grad(), bare.disable_adapter():
+                wanted = bare(**asked, use_cache=False).logits[:, :-1][told].float().log_softmax(-1)
+            ours = outputs.logits[:, :-1][told].float().log_softmax(-1)
+            kl = torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
+            if num_items_in_batch is None:
+                kl = kl / told.sum()
+            else:  # of the whole step, over all processes, as transformers counts them
+                kl = kl / num_items_in_batch * self.accelerator.num_processes
+            loss = loss + alpha * kl
+            return (loss, outputs) if return_outputs else loss
+
+    return Anchored
+
+
+def mixed(tokenizer, examples: Sequence[Example], replies: Sequence[Reply], share: float) -> list:
+    """Rows as tokens, of which `share` are the base's replies, repeated where too few."""
+    encoded = [prompts.encode(tokenizer, e, prompts.completion(e)) for e in examples]
+    count = round(len(encoded) * share / (1 - share))
+    often = [replies[i % len(replies)] for i in range(count)]
+    encoded += [(r.prompt_ids + r.reply_ids, len(r.prompt_ids)) for r in often]
+    return [
+        {"input_ids": ids, "completion_mask": [0] * asked + [1] * (len(ids) - asked)}
+        for ids, asked in encoded
+    ]
+
+
 def build(
     model, tokenizer, examples: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
-    retained=None,
+    replies: Sequence[Reply] = (),
 ):  # fmt: skip
     """An SFTTrainer ready to train (or to resume) a model that already carries its LoRA matrices.
 
     `examples` are drawn in an order fixed by the seed. Prompt tokens carry no loss; the end token
     does, since padding has a token of its own (a model whose pad is its end never learns to stop).
-    `retained(model, step)` is a loss that no step may raise (bbkit.retention).
+    `replies` are those of the base, which retention keeps and replay mixes in.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -103,12 +145,16 @@ def build(
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
     )
-    trainer = retention.retaining(SFTTrainer, retained) if retained else SFTTrainer
+    trainer = asft(SFTTrainer, section.asft_alpha) if section.asft_alpha else SFTTrainer
+    trainer = retention.around(trainer, settings, "sft", replies)
+    data = rows(examples)
+    if section.replay:
+        data = mixed(tokenizer, examples, replies, section.replay)
     with keep_float32(model):
         return trainer(
             model=model,
             args=config,
-            train_dataset=Dataset.from_list(rows(examples)),
+            train_dataset=Dataset.from_list(data),
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )

@@ -17,6 +17,7 @@ from bbkit import config, files, processes, record
 from bbkit.config import Settings
 from bbkit.errors import InputError, exit_code, held_back
 from bbkit.prompts import Example
+from bbkit.replies import Reply
 
 STAGES = ("sft", "grpo", "evaluate")
 KL_PROMPTS = 64  # of questions and of instructions, on whose replies the KL to the base is taken
@@ -192,13 +193,11 @@ def execute(
 
     evaluate_stage("base")
     asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
-    anchored: list = []
-    if settings.sft.retention or settings.grpo.retention:  # before any LoRA: the base's replies
-        if not general:
-            raise InputError("retention: data.grpo names no general instructions to keep; add some")
-        anchored = retention.anchors(
-            run.folder / "anchors.jsonl", model, tokenizer, general,
-            settings.grpo.max_completion_length, settings.evaluation.batch_tokens,
+    kept: list[Reply] = []
+    if settings.retention.rule != "none" or settings.sft.replay:  # before any LoRA: the base's own
+        kept = retention.of_run(
+            run.folder / "replies.jsonl", model, tokenizer, settings, rows["held_out"] + ifeval,
+            data_dir,
         )  # fmt: skip
     model = adapters.add_lora(model, settings.model, settings.run.seed)
     tuned = False
@@ -209,12 +208,6 @@ def execute(
             adapters.load_adapter(model, adapter)
         elif stage in stages and section.steps:
             hooks = Recorder(run, stage, section.steps, settings)
-            kept = None
-            if section.retention:
-                kept = retention.loss(
-                    tokenizer, anchored, section.retention, settings.model.max_length,
-                    settings.run.seed,
-                )  # fmt: skip
             if stage == "sft":
                 trainer = sft.build(
                     model, tokenizer, rows["sft"], settings, adapter.parent, [hooks], kept

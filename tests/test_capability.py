@@ -191,33 +191,6 @@ def test_several_updates_per_generation_are_replayed(build, capsys):
     assert trainer.state.global_step == 4
 
 
-@pytest.mark.parametrize("combination", ["dual_cone", "upgrad", "pcgrad", "aligned_mtl", "mgda"])
-def test_retention_is_never_opposed(build, combination):
-    steps = []
-
-    def retention(model, step):
-        ids = torch.arange(20, 40).view(2, 10)
-        return model(input_ids=ids, labels=ids).loss
-
-    class Watched(capability_aware(GRPOTrainer, combination=combination, retention=retention)):
-        def _combine(self):
-            self.capture.drop()
-            retention(self.model, 0).backward()
-            kept = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
-            super()._combine()
-            step = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
-            steps.append(nn.functional.cosine_similarity(step, kept, dim=0).item())
-
-    # Varied replies: where the rewards alone conflict entirely, the step is 0 and has no direction.
-    trainer = build(
-        trainer=Watched, steps=3, arguments={"max_completion_length": 16, "temperature": 2.0}
-    )
-    trainer.train()
-    assert len(steps) == 3 and min(steps) >= -1e-5
-    row = trainer.state.log_history[0]
-    assert {"cosine/vowels/retention", "coefficient/retention", "retention_loss"} <= set(row)
-
-
 def test_in_adams_metric_no_loss_rises_along_adams_direction(build):
     """Along D⁻¹d, D from the second moments before the step; momentum is not in it."""
     along = []
@@ -322,6 +295,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from bbkit import adapters, config, gradients, models
 from bbkit.capability import capability_aware
+from bbkit.retention import keeping
 
 out, ranks = sys.argv[1], int(sys.argv[2])
 settings = config.load("pocket", None, ["model.lora_rank=4"]).model
@@ -351,13 +325,11 @@ def long(completions, **_):
 def vowels(completions, **_):
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
-def retention(model, step):
-    ids = torch.arange(20, 40).view(2, 10)
-    return model(input_ids=ids, labels=ids).loss
+rows = [{"prompt": "Say " + "no " * n, "completion": "yes " * (4 - n)} for n in range(1, 4)]
 
-class Kept(capability_aware(GRPOTrainer, combination="upgrad", retention=retention)):
-    def _combine(self):
-        super()._combine()
+class Kept(keeping(capability_aware(GRPOTrainer, combination="upgrad"), rows, weight=10.0)):
+    def _keep(self, model):
+        super()._keep(model)
         found = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
         if self.accelerator.is_main_process:
             torch.save((found, self.accelerator.num_processes), out)

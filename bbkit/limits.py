@@ -1,0 +1,97 @@
+"""Bounds on the step that an optimiser really takes: orthogonality where it counts.
+
+Serves the claims of gradient orthogonality and of no alignment tax. A gradient that opposes nothing
+is not enough: momentum and second moments turn it, and 30 % of GRPO's Adam steps raised the loss
+that their gradient was made not to raise. So the displacement is projected, after the optimiser.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bbkit import combination, gradients
+from bbkit.errors import CannotRun
+
+
+class Limits:
+    """What the next step of an optimiser may not do, on the displacement that it really makes.
+
+    After the optimiser, with its clipping, momentum, second moments and decay, the parameters are
+    moved to the nearest place at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest
+    is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update, else Euclidean, which is
+    said. A step that float16's scaler skips makes none. `note(name, value)` gets, by row, the slope
+    that the optimiser's displacement had, and the one taken; and the share of it that was cut.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], note: Callable[[str, float], Any]):
+        self.parameters, self.note = list(parameters), note
+        self.rows: dict[str, tuple[Tensor, float]] = {}
+        self.start = torch.empty(0)  # where the parameters were before the step
+        self.optimizer: Any = None
+        self.said: set[str] = set()
+
+    def add(self, name: str, row: Tensor, bound: float) -> None:
+        """Bound ⟨row, Δ⟩ of the next step; `row` (P,) over the parameters, flattened in order."""
+        self.rows[name] = (row, bound)
+
+    def watch(self, optimizer) -> None:
+        """Hook into the steps of an optimiser, accelerate's wrapper or torch's own, once."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is not self.optimizer:
+            self.optimizer = inner
+            inner.register_step_pre_hook(self._before)
+            inner.register_step_post_hook(self._after)
+
+    def _place(self) -> Tensor:
+        return torch.cat([p.detach().flatten().float() for p in self.parameters])
+
+    def _before(self, *_) -> None:
+        if self.rows:
+            self.start = self._place()
+
+    @torch.no_grad()
+    def _after(self, *_) -> None:
+        rows, self.rows = self.rows, {}
+        if not rows:
+            return
+        matrix = torch.stack([row for row, _ in rows.values()])
+        bounds = torch.tensor([bound for _, bound in rows.values()])
+        made, metric = self._place() - self.start, self._metric()
+        slopes = gradients.inner(matrix, made[None])[:, 0]
+        gramian = gradients.gramian(matrix, metric)
+        removed, left = combination.nearest(gramian, slopes, bounds)
+        kept = slopes
+        if removed.any():
+            change = removed.to(matrix) @ matrix * (1.0 if metric is None else metric)
+            sizes = [p.numel() for p in self.parameters]
+            places = (self.start + (made - change)).split(sizes)
+            for p, place in zip(self.parameters, places, strict=True):
+                p.copy_(place.view_as(p))
+            kept = gradients.inner(matrix, (self._place() - self.start)[None])[:, 0]
+        for name, before, after in zip(rows, slopes.tolist(), kept.tolist(), strict=True):
+            self.note(f"{name}/slope", before)
+            self.note(f"{name}/slope_kept", after)
+        whole = made.square() if metric is None else made.square() / metric.clamp(min=1e-30)
+        if (length := whole.double().sum().item()) > 0 and bounds.isfinite().any():
+            cut = (removed @ gramian @ removed).clamp(min=0).item()
+            self.note("limits/cut", (cut / length) ** 0.5)
+        if left > 1e-6:
+            self._say("limits: bounds that contradict one another; the least violation is taken")
+
+    def _metric(self) -> Tensor | None:
+        try:
+            scale = gradients.adam_scale(self.optimizer, self.parameters)
+        except CannotRun:
+            scale = None
+        if scale is None:
+            kind = type(self.optimizer).__name__
+            self._say(f"limits: steps are kept in plain distance, {kind} has no float moments")
+        return scale
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            print(line)
