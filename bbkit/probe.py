@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     from bbkit import train
+    from bbkit.capability import METRICS
 
     if not (args.run / "run.json").exists():
         raise InputError(f"{args.run}: no run.json; name the folder of a run")
@@ -65,7 +66,7 @@ def _main(args: argparse.Namespace) -> int:
             low, high = row["interval"]
             cells.append(f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]")
             print(f"| {scheme} | " + " | ".join(cells) + " |")
-        for metric in ("euclidean", "adam") if args.steps else ():
+        for metric in METRICS if args.steps else ():
             changed = {"steps": args.steps, "metric": metric}
             counted = opposed(trainer_at(args, Path(folder), changed))
             found[f"opposed_{metric}"] = counted

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bbkit import config, elsewhere, health
@@ -37,7 +38,9 @@ def _write(folder: Path) -> Path:
     settings = manifest["settings"]
     parts = [f"# Run of {settings['model']['name']}", *headline(results)]
     parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
-    noticed = health.over(read_rows(folder / "metrics.jsonl"))
+    logged = read_rows(folder / "metrics.jsonl")
+    parts += _retention(settings.get("retention", {}), logged)
+    noticed = health.over(logged)
     parts += ["## Health", "\n".join(f"- {line}" for line in noticed) or "Nothing was noticed."]
     parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl")), "## What ran"]
     parts += ["\n".join(f"- {name}: {value}" for name, value in facts(manifest).items())]
@@ -112,6 +115,35 @@ def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
         "followed as by the base, and nothing lost here."
     )
     return ["**Elsewhere: loss above the base's, nats a token**", "\n".join(lines), note]
+
+
+def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[str]:
+    """What retention did in each stage, and what it took; [] without a rule."""
+    lines = []
+    for stage in ("sft", "grpo"):
+        rows = [r for r in logged if r["stage"] == stage and r.get("retention/kl") is not None]
+        if not rows:
+            continue
+        last = rows[-max(1, len(rows) // 5) :]
+        line = (
+            f"{STAGES[stage]}: KL(base ‖ model) on the base's replies was "
+            f"{fmean(r['retention/kl'] for r in last):.4f} nats a token in the last steps"
+        )
+        if "retention/slope" in rows[0]:
+            raised = fmean(r["retention/slope"] > 0 for r in rows)
+            kept = fmean(r["retention/slope_kept"] > 0 for r in rows)
+            line += (
+                f"; the optimiser would have raised it in {raised:.0%} of them, did in {kept:.0%}"
+            )
+        if "limits/cut" in rows[0]:
+            line += f"; {fmean(r.get('limits/cut') or 0 for r in rows):.0%} of a step was cut"
+        took, whole = (
+            sum(r.get(f"seconds/{part}") or 0 for r in rows) for part in ("retention", "step")
+        )
+        share = f" of {whole / len(rows):.2f}" if whole else ""
+        lines.append(f"- {line}; it took {took / len(rows):.2f} s a step{share}.")
+    head = f"Rule {settings.get('rule')}, replies to {', '.join(settings.get('prompts', ()))}."
+    return ["## Retention", head, "\n".join(lines)] if lines else []
 
 
 def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:

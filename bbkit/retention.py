@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -159,12 +160,14 @@ def keeping(
         def training_step(self, model, inputs, num_items_in_batch=None):
             value = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
+                self._kept = self._kept or self._made()
+                began = time.perf_counter()
                 self._keep(self.accelerator.unwrap_model(self.model))
+                self._noted["seconds/retention"].append(time.perf_counter() - began)
             return value
 
         def _keep(self, model) -> None:
             """Put the rule into the gradients of the step, or in the way of it."""
-            self._kept = self._kept or self._made()
             own = [p.grad for p in self._trained]
             for p in self._trained:
                 p.grad = None

@@ -36,11 +36,25 @@ def test_more_of_anything_takes_more():
     assert peak(load(*base, "model.gradient_checkpointing=true")) < peak(load(*base))
 
 
-def test_each_capability_and_the_retention_row_is_one_buffer_more():
-    plain = memory.plan(config.load("pocket"), torch.float32)["grpo"]
-    kept = memory.plan(config.load("pocket", overrides=["grpo.retention=4"]), torch.float32)["grpo"]
-    assert kept["gradients"] - plain["gradients"] == plain["adapter"]
-    assert plain["gradients"] == 4 * plain["adapter"]  # `.grad` and three capabilities
+def test_each_capability_and_what_retention_holds_is_counted():
+    plain, penalty, step = (
+        memory.plan(config.load("pocket", overrides=[f"retention.rule={rule}"]), torch.float32)
+        for rule in ("none", "penalty", "step")
+    )
+    for stage in ("sft", "grpo"):
+        assert "retention" not in plain[stage]
+        assert penalty[stage]["retention"] == plain[stage]["adapter"]
+        assert step[stage]["retention"] == 6 * plain[stage]["adapter"]
+    assert plain["grpo"]["gradients"] == 4 * plain["grpo"]["adapter"]  # `.grad`, three capabilities
+
+
+def test_the_logits_of_replies_are_bounded():
+    """A vocabulary of 152,064 and 32 long replies a step: no more than one part's logits."""
+    words = ["retention.rule=penalty", "retention.per_step=32", "retention.max_new_tokens=256"]
+    found = memory.plan(config.load("24gb", overrides=words), torch.bfloat16, "cuda", offline=True)
+    plain = memory.plan(config.load("24gb"), torch.bfloat16, "cuda", offline=True)
+    most = memory.LOGIT["cuda"] * max(2**25, 152064 * 257)
+    assert found["grpo"]["logits"] == max(plain["grpo"]["logits"], most)
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,8 @@ def test_noise_is_the_spread_of_the_groups_gradients(trainer):
 
 def test_plain_descent_along_the_dual_cone_raises_no_loss(run, tmp_path):
     """Without momentum the step is the combined gradient's own, so the promise holds exactly."""
-    changed = {"steps": 3, "optimizer": "sgd", "retention": 2, "scheduler": "constant"}
+    changed = {"steps": 3, "optimizer": "sgd", "scheduler": "constant"}
     found = probe.opposed(probe.trainer_at(at(run), tmp_path, changed))
-    assert "retention" in found and found["retention"]["n"] >= 1
     assert all(row["share"] == 0 and row["cosine"] > -1e-6 for row in found.values()), found
     assert max(row["cosine"] for row in found.values()) > 0.05, found
 
@@ -85,7 +84,8 @@ def test_command_prints_and_writes_every_figure(run, tmp_path, capsys):
     assert probe.main([str(run), "--prompts", "4", "--steps", "2", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert set(found["noise"]["gdpo"]) == {"all", "low", "high", "ratio", "interval"}
-    assert "retention" in found["opposed_adam"] and "retention" in found["opposed_euclidean"]
+    assert found["opposed_adam"] and found["opposed_euclidean"]
+    assert all(row["share"] == 0 for row in found["opposed_step"].values())
     assert f"| {probe.OURS} |" in capsys.readouterr().out
     assert probe.main([str(tmp_path / "none")]) == 2
     assert "no run.json" in capsys.readouterr().err

@@ -18,7 +18,8 @@ SMALL = [
     f"--set={item}"
     for item in (
         "sft.batch_size=16", "sft.micro_batch_size=4", "grpo.prompts=8", "grpo.generations=4",
-        "grpo.micro_batch_size=8", "grpo.sample_at_once=16", "grpo.retention=2",
+        "grpo.micro_batch_size=8", "grpo.sample_at_once=16", "retention.rule=step",
+        "retention.budget=0.001", "retention.replies=8", "retention.per_step=4", "grpo.metric=step",
         "grpo.combination=dual_cone", "grpo.advantages=capability", "grpo.controller.rule=deficit",
         "evaluation.questions=12", "evaluation.instructions=12", "evaluation.bootstrap=50",
         "run.threads=1",

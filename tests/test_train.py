@@ -29,10 +29,15 @@ SMALL = [
     "--set", "evaluation.bootstrap=50", "--set", "evaluation.elsewhere=3",
     "--set", "run.threads=1",
     # The whole method, since it has the most to lose in a resume.
-    "--set", "sft.retention=2", "--set", "grpo.retention=2", "--set", "grpo.metric=adam",
+    "--set", "retention.rule=step", "--set", "retention.budget=0.001", "--set",
+    "retention.replies=8", "--set", "retention.per_step=2", "--set", "grpo.metric=step",
     "--set", "grpo.controller.rule=deficit", "--set", "grpo.advantages=capability",
     "--set", "grpo.combination=dual_cone", "--set", "grpo.beta=0.05",
 ]  # fmt: skip
+
+
+def kept(*items: str) -> list[str]:
+    return ["--preset", "pocket", *(f"--set={item}" for item in items)]
 
 
 def start(*words: str, code: str = "") -> subprocess.Popen:
@@ -90,13 +95,18 @@ def test_a_run_leaves_the_folder_of_the_contract(whole):
         for part in ("reward", "sigma", "weight", "coefficient", "gradient_norm")
         for k in ("domain", "reasoning", "format")
     }
-    keys |= {"coefficient/retention", "seconds/combination"}
+    keys |= {"seconds/combination", "limits/cut", "step/domain/slope_kept"}
+    keys |= {f"retention/{part}" for part in ("kl", "slope", "slope_kept")}
     assert keys <= set(rows[-1]), keys - set(rows[-1])
     assert rows[-1]["gradient_engine"] == "one_pass"
     cosines = {key for row in rows[4:] for key in row if key.startswith("cosine/")}
     assert cosines, "no two rewards varied in any step"
-    assert "cosine/sft/retention" in rows[0]
-    assert (whole / "anchors.jsonl").is_file()
+    for row in rows:  # the bound of every step of both stages, to rounding
+        bound = 0.3 * (0.001 - row["retention/kl"])
+        room = 1e-4 * max(abs(bound), abs(row["retention/slope"]))
+        assert row["retention/slope_kept"] <= bound + room
+    kinds = [row["kind"] for row in read_rows(whole / "replies.jsonl")]
+    assert Counter(kinds) == dict.fromkeys(("chat", "question", "echo", "instruction"), 2)
     evaluation = json.loads((whole / "evaluation.json").read_text())
     for stage in ("base", "sft", "grpo"):
         for name in (
@@ -319,10 +329,21 @@ def test_50_kills_at_any_moment_end_in_the_same_bits(whole, disk):
             2,
             "grpo.optimizer=adamw_8bit keeps none",
         ),
+        (["--preset", "pocket", "--set", "sft.retention=2"], 2, "the section retention serves"),
         (
-            ["--preset", "pocket", "--set", "data.grpo=[ontology]", "--set", "sft.retention=2"],
+            kept("retention.rule=penalty", "retention.prompts=[pocket_prompts/facts]"),
             2,
-            "names no general instructions",
+            "no kind facts; of chat, question, echo, instruction",
+        ),
+        (
+            kept("retention.rule=penalty", "retention.prompts=[ifeval]"),
+            2,
+            "retention.prompts ifeval: ",
+        ),
+        (
+            kept("retention.rule=step", "retention.prompts=[self]", "retention.replies=8"),
+            2,
+            "the base wrote 0 of 8 user turns",
         ),
     ],
 )
@@ -401,7 +422,8 @@ METHODS = [
     "grpo.controller.rule=agreement",
     *(f"grpo.combination={c}" for c in ("pcgrad", "mgda", "upgrad", "aligned_mtl", "dual_cone")),
     "grpo.combination=random",
-    *("grpo.metric=adam", "grpo.retention=2", "grpo.advantages=gdpo", "grpo.beta=0.05"),
+    *("grpo.metric=adam", "grpo.metric=step", "grpo.advantages=gdpo", "grpo.beta=0.05"),
+    *(f"retention.rule={r}" for r in ("penalty", "step", "cone")),
 ]
 
 
@@ -425,7 +447,7 @@ LONG = [
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned, tmp_path):
     words = [*LONG, "--set", "grpo.steps=100"]
-    if method in ("grpo.metric=adam", "grpo.retention=2"):
+    if method.startswith("grpo.metric"):
         words += ["--set", "grpo.combination=dual_cone"]
     words += ["--set", method]
     settings = config.to_dict(config.load("pocket", None, words[5::2]))
