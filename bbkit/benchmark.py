@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import config, files, record
-from bbkit.errors import CannotRun, exit_code
+from bbkit.errors import CannotRun, InputError, exit_code
 from bbkit.variants import VARIANTS
 
 WORDS = "fever cough rash virus worm liver blood skin lung bone".split()
@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=int, nargs="+", default=[8, 64], help="of the LoRA matrices")
     p.add_argument("--sequences", type=int, default=8, help="per micro-batch")
     p.add_argument("--tokens", type=int, default=128, help="per sequence, half of them completion")
+    p.add_argument("--prompts", type=int, default=2, help="of a whole step: the kit's questions")
+    p.add_argument("--generations", type=int, default=4, help="completions of each of them")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
     p.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)  # a process of its own
@@ -52,6 +54,9 @@ def _main(args: argparse.Namespace) -> int:
     if args.peak:
         print(json.dumps(_peak(args)))
         return 0
+    completions = args.prompts * args.generations
+    if completions % args.sequences:
+        raise InputError(f"--sequences {args.sequences} must divide a step's {completions}")
     rows = []
     head = ["model", "K", "rank", "variant", "backward", "forward+backward", "step", "+generation"]
     print(" | ".join([*head, "peak MB"]), flush=True)
@@ -60,7 +65,7 @@ def _main(args: argparse.Namespace) -> int:
             settings = _settings(args, rank)
             model, tokenizer = _model(settings)
             found = backward_ratios(model, count, args.sequences, args.tokens, args.rounds)
-            steps = step_ratios(model, tokenizer, count, args.tokens // 2, args.rounds)
+            steps = step_ratios(model, tokenizer, count, args)
             for variant in VARIANTS:
                 row = {"model": settings.model.name, "capabilities": count, "rank": rank}
                 row |= {"variant": variant, **found[variant], **steps.get(variant, {})}
@@ -110,11 +115,12 @@ def _ratio(some: Sequence[float], plain: Sequence[float]) -> float:
 
 
 def step_ratios(
-    model, tokenizer, capabilities: int, tokens: int, rounds: int
+    model, tokenizer, capabilities: int, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """The same for whole optimiser steps of TRL's trainer and of the capability-aware one.
 
-    {"step"} without, {"step_with_generation"} with sampling the completions.
+    {"step"} without, {"step_with_generation"} with sampling the completions, which the
+    capability-aware trainer does by bbkit.sampling: the same ones, from the same seed.
     """
     import torch
     from trl import GRPOTrainer
@@ -134,9 +140,9 @@ def step_ratios(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            n: _trainer(c, model, tokenizer, capabilities, tokens, folder) for n, c in made.items()
+            n: _trainer(c, model, tokenizer, capabilities, args, folder) for n, c in made.items()
         }
-        for turn in range(rounds + 1):
+        for turn in range(args.rounds + 1):
             for name in random.Random(turn).sample(sorted(trainers), len(trainers)):
                 torch.manual_seed(turn)
                 whole = _step(trainers[name])
@@ -152,29 +158,33 @@ def step_ratios(
     }
 
 
-def _trainer(made, model, tokenizer, capabilities: int, tokens: int, folder: str):
+def _trainer(made, model, tokenizer, capabilities: int, args: argparse.Namespace, folder: str):
     from datasets import Dataset
     from trl import GRPOConfig
 
+    from bbkit import prompts, questions
     from bbkit.adapters import keep_float32
 
     def reward(word: str):
         def share(completions, **_):
-            return [text.count(word[0]) / (1 + len(text)) for text in completions]
+            texts = [c[0]["content"] for c in completions]
+            return [text.count(word[0]) / (1 + len(text)) for text in texts]
 
         share.__name__ = word
         return share
 
     rewards = [reward(WORDS[k % len(WORDS)]) for k in range(capabilities)]
+    passes = args.prompts * args.generations // args.sequences
     on_gpu = next(model.parameters()).is_cuda
     arguments = GRPOConfig(
-        output_dir=folder, max_steps=1, per_device_train_batch_size=4, num_generations=4,
-        gradient_accumulation_steps=2, steps_per_generation=2, max_completion_length=tokens,
+        output_dir=folder, max_steps=1, per_device_train_batch_size=args.sequences,
+        num_generations=args.generations, max_completion_length=args.tokens // 2,
+        gradient_accumulation_steps=passes, steps_per_generation=passes,
         use_cpu=not on_gpu, bf16=False, report_to="none", beta=0.0, loss_type="dapo",
         gradient_checkpointing=False, learning_rate=1e-6,
     )  # fmt: skip
-    prompts = (f"Tell me about {' '.join(WORDS[k:] * tokens)}."[: 5 * tokens] for k in range(8))
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    asked = questions.ontology("train")
+    rows = Dataset.from_list([{"prompt": prompts.messages(e)} for e in asked])
     with keep_float32(model):
         trainer = made(
             model=model, reward_funcs=rewards, args=arguments, train_dataset=rows,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bbkit import gradients, weighting
+from bbkit import gradients, sampling, weighting
 from bbkit.errors import InputError
 from bbkit.limits import Limits
 
@@ -98,6 +98,10 @@ def capability_aware(
             if self.gradient_engine == "replay":
                 print("gradient engine replay: this loss is not linear in the advantages")
             self.add_callback(Balance(self))
+
+        def _generate_single_turn(self, *args, **kwargs):
+            with sampling.one_prefill_a_prompt(self.accelerator.unwrap_model(self.model)):
+                return super()._generate_single_turn(*args, **kwargs)
 
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

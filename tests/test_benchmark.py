@@ -27,7 +27,12 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "arguments, code", [(["--preset", "pocked"], 2), (["--set", "model.name=./nowhere"], 2)]
+    "arguments, code",
+    [
+        (["--preset", "pocked"], 2),
+        (["--set", "model.name=./nowhere"], 2),
+        (["--sequences", "3"], 2),
+    ],
 )
 def test_bad_input_is_one_line(arguments, code, capsys):
     assert benchmark.main([*SMALL, *arguments]) == code
