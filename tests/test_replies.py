@@ -121,6 +121,9 @@ def test_special_tokens_are_added_once_and_only_where_the_tokenizer_does(tokeniz
     said = [{"role": "assistant", "content": "rib"}]
     [chat] = replies.from_rows(other, [{"prompt": turns, "completion": said}]).replies
     assert chat.prompt_ids.count(bos) == 1 and chat.reply_ids[-1] == eos
+    other.chat_template = tokenizer.chat_template  # which writes none, so there is to be none
+    [chat] = replies.from_rows(other, [{"prompt": turns, "completion": said}]).replies
+    assert bos not in chat.prompt_ids
 
 
 def test_rows_of_every_form(pocket, tokenizer):
