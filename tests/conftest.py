@@ -17,3 +17,47 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip("no upstream data: set BBKIT_DATA_DIR, laid out as data_cards/README.md says")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The pocket model's tokenizer."""
+    from bbkit import config, models
+
+    return models.load(config.load("pocket").model, say=lambda line: None)[1]
+
+
+@pytest.fixture(scope="session")
+def writer(tokenizer):
+    """A tiny model that has learned whole conversations, users' turns included."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+        tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None, eos_token_id=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(settings)
+    names = ["rib", "virus", "worm", "fever", "liver", "cough"]
+    rows = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": f"{ask} {a} and {b}."},
+                {"role": "assistant", "content": a},
+            ],
+            tokenize=False,
+        )
+        for a in names for b in names for ask in ("Choose from", "Name one of")
+    ]  # fmt: skip
+    batch = tokenizer(rows, return_tensors="pt", padding=True, add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+    for _ in range(60):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model

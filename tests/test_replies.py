@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 from bbkit import adapters, config, generation, instructions, models, prompts, replies
 from bbkit.errors import InputError
@@ -17,11 +17,6 @@ from bbkit.errors import InputError
 GENERAL = instructions.examples("train", per_kind=2, kinds=instructions.SEEN)[:12]
 ASKED = [prompts.messages(e) for e in GENERAL]
 QUIET = {"say": lambda line: None}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return models.load(config.load("pocket").model, **QUIET)[1]
 
 
 @pytest.fixture
@@ -215,39 +210,6 @@ def test_written_replies_are_read_again(tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(InputError, match=r"replies\.jsonl: not a file of replies"):
         replies.read(path)
-
-
-@pytest.fixture(scope="module")
-def writer(tokenizer):
-    """A tiny model that has learned whole conversations, users' turns included."""
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-        tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None, eos_token_id=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(settings)
-    names = ["rib", "virus", "worm", "fever", "liver", "cough"]
-    rows = [
-        tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": f"{ask} {a} and {b}."},
-                {"role": "assistant", "content": a},
-            ],
-            tokenize=False,
-        )
-        for a in names for b in names for ask in ("Choose from", "Name one of")
-    ]  # fmt: skip
-    batch = tokenizer(rows, return_tensors="pt", padding=True, add_special_tokens=False)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(60):
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
 
 
 def test_a_model_that_was_taught_users_turns_writes_them(writer, tokenizer):

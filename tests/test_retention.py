@@ -1,10 +1,13 @@
 """The KL along the base's replies, the rules that keep it, and `keeping` around any trainer."""
 
+import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -268,6 +271,29 @@ def test_any_trainer_keeps(name, rule, form, pocket, tmp_path):
     assert ("retention/slope" in told[0]) == (rule != "penalty")
     if name == "capability":
         assert {"cosine/share/length", "weight/share"} <= set(told[0])
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "trainer"])
+def test_any_trainer_keeps_what_its_base_says_by_itself(name, writer, tokenizer, tmp_path):
+    """A tiny model that writes turns; its adapter comes from the trainer where that can make one."""
+    model = adapters.add_lora(copy.deepcopy(writer), config.load("pocket").model, 0)
+    trainer = trained(name, "self", (moved(model), tokenizer), tmp_path, count=24)
+    assert trainer.state.log_history[1]["retention/kl"] > 0
+    assert 2 <= len(trainer._kept) <= 24
+
+
+def test_the_lines_of_the_readme_run(writer, tokenizer, tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = text.partition("<!-- python: keep -->\n```python\n")[2].partition("```")[0]
+    assert 0 < len(lines.strip().splitlines()) <= 10
+    writer.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    names = {
+        "model": str(tmp_path / "model"), "folder": str(tmp_path / "out"), "steps": 2,
+        "rows": Dataset.from_list(TOLD), "lora": LoraConfig(target_modules="all-linear"),
+    }  # fmt: skip
+    exec(lines, names)
+    assert names["trainer"].state.log_history[0]["retention/kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_step_metric_and_a_budget_are_kept_together(pocket, tmp_path):
