@@ -32,7 +32,8 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
     """At most `evaluation.elsewhere` texts of each kind, the same at every call.
 
     `entity` is the kind, `question` (and `system`) the prompt, "" for none, `answer` the text.
-    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, and one line says so.
+    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, and one line
+    says so.
     InputError: a file is there and not as its card says.
 
     >>> from bbkit import config
