@@ -32,7 +32,8 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
     """At most `evaluation.elsewhere` texts of each kind, the same at every call.
 
     `entity` is the kind, `question` (and `system`) the prompt, "" for none, `answer` the text.
-    Kinds whose files are neither in `data_dir` nor on the Hub are left out, and one line says so.
+    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, and one line
+    says so.
     InputError: a file is there and not as its card says.
 
     >>> from bbkit import config
@@ -55,7 +56,11 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
         for e in Random(0).sample(rows, min(most, len(rows))):
             found.append(Example(e.id, "instruction", e.question, answer=e.answer, entity=kind))
     if gone:
-        place = f"in {data_dir}" if data_dir else "on the Hub: name their folder with --data-dir"
+        place = (
+            f"in {data_dir}"
+            if data_dir
+            else "to be had from the Hub: name a folder with --data-dir"
+        )
         print(f"elsewhere: not measured on {', '.join(gone)}: not {place}")
     return found
 

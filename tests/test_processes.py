@@ -50,8 +50,9 @@ def same(two, one):
         error = sum((a[k] - b[k]).square().sum() for k in b).sqrt()
         assert error <= 1e-4 * sum(v.square().sum() for v in b.values()).sqrt(), stage
         held_out = [read_rows(r / "evaluation" / f"{stage}.jsonl") for r in (two, one)]
-        shown = [[(row["reply"], row["scores"]) for row in rows] for rows in held_out]
-        assert shown[0] == shown[1]
+        for ours, theirs in zip(*held_out, strict=True):
+            assert ours["reply"] == theirs["reply"]
+            assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-3)  # verdicts, nats
     steps = [[(x["stage"], x["step"]) for x in read_rows(r / "metrics.jsonl")] for r in (two, one)]
     assert steps[0] == steps[1]
     assert read_json(two / "run.json")["status"] == "done"
