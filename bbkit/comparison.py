@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bbkit import effects, files, recorded, report
+from bbkit import effects, files, recorded, report, taxes
 from bbkit.errors import InputError, exit_code
 
 SHOWN = {
@@ -256,7 +257,7 @@ def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> li
     return lines
 
 
-BLOCKS = {
+BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "arms": table,
     "sources": sources,
     "changes": changes,
@@ -265,6 +266,8 @@ BLOCKS = {
     "later": later,
     "attempted": attempted,
     "hypotheses": hypotheses,
+    "tax sft": partial(taxes.table, regime="sft"),
+    "tax grpo": partial(taxes.table, regime="grpo"),
 }
 
 

@@ -39,7 +39,9 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
                 raise InputError(f"{folder}: answered other prompts than {folders[0]}")
         logged = [r for r in files.read_rows(folder / "metrics.jsonl") if r["stage"] == "grpo"]
         names = sorted({k for row in logged for k in row if k.startswith(LOGGED)})
-        probe = folder / "probe.json"
+        stage, probe = "grpo" if "grpo" in kept else "sft", folder / "probe.json"
+        count = manifest["settings"][stage]["steps"]
+        spent = manifest["stages"].get(stage, {}).get("seconds", 0.0) / max(1, count)
         runs[folder.name] = {
             "command": manifest["command"].replace(f"{folder.parent}/", ""),  # nobody's paths
             "commit": manifest["git"]["commit"],
@@ -47,6 +49,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             "versions": manifest["versions"], "from": source,
             "grpo": manifest["settings"]["grpo"] if source else None,
             "retention": manifest["settings"].get("retention"),
+            "seconds": _short(spent, 3),  # a step, of the last stage
             "scores": {stage: _columns(rows) for stage, rows in kept.items()},
             "replies": {stage: _first_replies(rows) for stage, rows in kept.items()},
             "log": {name: [_short(row.get(name), 3) for row in logged] for name in names},

@@ -55,10 +55,14 @@ TAX: dict[str, tuple[str, ...]] = {
     "penalty_less_chat": _kept("penalty", _less("chat")),
     "penalty_less_instruction": _kept("penalty", _less("instruction")),
 }
+# One knob of retention changed at a time (bbkit.taxes.KNOBS), without GRPO.
+KNOBS = {f"penalty_weight_{x}": (*TAX["penalty"], f"retention.weight={x}") for x in (0.05, 1, 5)}
+KNOBS |= {f"step_budget_{x}": (*TAX["step"], f"retention.budget={x}") for x in (0.002, 0.03)}
+KNOBS |= {f"penalty_replies_{n}": (*TAX["penalty"], f"retention.replies={n}") for n in (64, 2048)}
 ALONE = ("grpo.instruction_share=0.0",)
 ARMS: dict[str, tuple[str, ...]] = {
     # without GRPO, each with an SFT of its own, as all that change its settings or the data
-    **{name: ("grpo.steps=0", *changed) for name, changed in TAX.items()},
+    **{name: ("grpo.steps=0", *changed) for name, changed in (TAX | KNOBS).items()},
     # from the SFT of that name, or from the one that a seed's arms share
     "alone": ALONE,
     "alone_kl": (*ALONE, "grpo.beta=0.1"),
@@ -178,7 +182,7 @@ def schedule(arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Row]:
         first = out / f"sft-{seed}"
         rows.append(Row(first, seed, ("grpo.steps=0",), None))
         for arm in dict.fromkeys(name for a in arms for name in (FROM.get(a), a) if name):
-            own = arm in TAX or any(item.startswith("data.") for item in ARMS[arm])
+            own = arm in (TAX | KNOBS) or any(item.startswith("data.") for item in ARMS[arm])
             start = out / f"{FROM[arm]}-{seed}" if arm in FROM else None if own else first
             rows.append(Row(out / f"{arm}-{seed}", seed, ARMS[arm], start))
     return rows

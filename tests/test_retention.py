@@ -275,7 +275,7 @@ def test_any_trainer_keeps(name, rule, form, pocket, tmp_path):
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "trainer"])
 def test_any_trainer_keeps_what_its_base_says_by_itself(name, writer, tokenizer, tmp_path):
-    """A tiny model that writes turns; its adapter comes from the trainer where that can make one."""
+    """A tiny model that writes users' turns."""
     model = adapters.add_lora(copy.deepcopy(writer), config.load("pocket").model, 0)
     trainer = trained(name, "self", (moved(model), tokenizer), tmp_path, count=24)
     assert trainer.state.log_history[1]["retention/kl"] > 0
@@ -293,7 +293,7 @@ def test_the_lines_of_the_readme_run(writer, tokenizer, tmp_path):
         "rows": Dataset.from_list(TOLD), "lora": LoraConfig(target_modules="all-linear"),
     }  # fmt: skip
     exec(lines, names)
-    assert names["trainer"].state.log_history[0]["retention/kl"] == pytest.approx(0, abs=1e-6)
+    assert len(names["trainer"]._noted["retention/kl"]) == 2
 
 
 def test_a_step_metric_and_a_budget_are_kept_together(pocket, tmp_path):
