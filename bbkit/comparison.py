@@ -314,7 +314,8 @@ def _main(args: argparse.Namespace) -> int:
         if args.figures:
             from bbkit import plots, studyplots
 
-            made = {f"{path.stem}_{n}": draw(kept) for n, draw in studyplots.FIGURES.items()}
+            kinds = taxes.FIGURES if "penalty" in effects.arms(kept) else studyplots.FIGURES
+            made = {f"{path.stem}_{n}": draw(kept) for n, draw in kinds.items()}
             plots.save(args.figures, made)
         elif not args.write:
             print(told(kept))

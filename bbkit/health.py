@@ -49,7 +49,7 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 f"reward format rose by {rise:.2f} while domain fell by {-fall:.2f}: lower "
                 "grpo.weights.format, or let grpo.controller.rule=deficit move the weights"
             )
-        bound = _mean([{"bound": float(cut > 0)} for cut in _of(last, "limits/cut")], "bound")
+        bound = _mean([{"bound": float(cut > 0)} for cut in _of(last, "retention/cut")], "bound")
         if bound > 0.8 and rise < 0.02 and fall < 0.02:
             found["budget binds"] = (
                 f"retention cut {bound:.0%} of the steps while no reward rises: raise "

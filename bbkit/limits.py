@@ -23,7 +23,8 @@ class Limits:
     moved to the nearest place at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest
     is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update, else Euclidean, which is
     said. A step that float16's scaler skips makes none. `note(name, value)` gets, by row, the slope
-    that the optimiser's displacement had, and the one taken; and the share of it that was cut.
+    that the optimiser's displacement had, and the one taken; and the share of it that was cut, as
+    `retention/cut` where a row of that name was bounded, else as `step/cut`.
     """
 
     def __init__(self, parameters: Iterable[Parameter], note: Callable[[str, float], Any]):
@@ -75,9 +76,11 @@ class Limits:
             self.note(f"{name}/slope", before)
             self.note(f"{name}/slope_kept", after)
         whole = made.square() if metric is None else made.square() / metric.clamp(min=1e-30)
-        if (length := whole.double().sum().item()) > 0 and bounds.isfinite().any():
+        bounded = [name for name, (_, bound) in rows.items() if bound < float("inf")]
+        if bounded and (length := whole.double().sum().item()) > 0:
             cut = (removed @ gramian @ removed).clamp(min=0).item()
-            self.note("limits/cut", (cut / length) ** 0.5)
+            kind = "retention" if "retention" in bounded else "step"
+            self.note(f"{kind}/cut", (cut / length) ** 0.5)
         if left > 1e-6:
             self._say("limits: bounds that contradict one another; the least violation is taken")
 

@@ -135,8 +135,8 @@ def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[s
             line += (
                 f"; the optimiser would have raised it in {raised:.0%} of them, did in {kept:.0%}"
             )
-        if "limits/cut" in rows[0]:
-            line += f"; {fmean(r.get('limits/cut') or 0 for r in rows):.0%} of a step was cut"
+        if "retention/cut" in rows[0]:
+            line += f"; {fmean(r.get('retention/cut') or 0 for r in rows):.0%} of a step was cut"
         took, whole = (
             sum(r.get(f"seconds/{part}") or 0 for r in rows) for part in ("retention", "step")
         )

@@ -126,3 +126,6 @@ def knobs(kept: Mapping[str, Any]) -> Figure | None:
         "SFT with one knob of retention changed at a time, all else as in the preset. Dotted: the "
         "base's general, and 0.1 nat a token. Notice how wide the plateau of each knob is.",
     )
+
+
+FIGURES = {"front": front, "knobs": knobs}

@@ -102,7 +102,7 @@ def test_the_step_taken_keeps_the_bound_under_any_optimiser(name, capsys):
         told = dict(noted[-3:])
         assert told["kept/slope_kept"] == pytest.approx((row @ moved).item(), abs=1e-6)
         broken += told["kept/slope"] > bound
-        assert (told["limits/cut"] > 0) == (told["kept/slope"] > bound)
+        assert (told["step/cut"] > 0) == (told["kept/slope"] > bound)
     assert broken >= 3 and len(noted) == 36
     assert ("plain distance" in capsys.readouterr().out) == (name != "adamw")
 

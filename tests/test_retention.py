@@ -159,7 +159,7 @@ def test_a_step_rises_no_more_than_its_budget_lets_it(pocket, known, tmp_path):
         room = 1e-4 * max(abs(bound), abs(row["retention/slope"]))
         assert row["retention/slope_kept"] <= bound + room
         broken += row["retention/slope"] > bound + room
-        assert (row["limits/cut"] > 0) == (row["retention/slope"] > bound)
+        assert (row["retention/cut"] > 0) == (row["retention/slope"] > bound)
     assert broken >= 4
 
 
@@ -182,7 +182,7 @@ def test_a_cone_is_measured_on_the_step_but_holds_for_the_gradient_alone(pocket,
     assert len(steps) == 4 and min(steps) > -1e-3
     row = trainer.state.log_history[0]
     assert row["retention/slope"] == row["retention/slope_kept"]
-    assert "retention/cut" in row and "limits/cut" not in row
+    assert 0 <= row["retention/cut"] < 1
 
 
 def hook_forgotten(self, *_):
@@ -201,6 +201,37 @@ def test_without_its_hook_a_step_breaks_the_budget(pocket, known, tmp_path, monk
                 p.zero_()
     build(pocket, known, tmp_path, steps=12, arguments=CLIPPED, rule="step", budget=0.002).train()
     assert directly(pocket[0], known).item() < 0.5 * away
+
+
+def test_asft_adds_the_kl_on_the_gold_tokens(pocket, tmp_path):
+    model, tokenizer = moved(pocket[0]), pocket[1]
+    examples = questions.ontology("validation")[:4]
+    found = {}
+    for alpha in (0.0, 2.0):
+        words = [f"sft.asft_alpha={alpha}", "sft.loss_type=dft", "sft.batch_size=4"]
+        settings = config.load("pocket", None, [*words, "sft.micro_batch_size=2"])
+        trainer = sft.build(model, tokenizer, examples, settings, tmp_path)
+        batch = next(iter(trainer.get_train_dataloader()))
+        found[alpha] = trainer.compute_loss(model, dict(batch)).item()
+    told = batch["labels"] != -100
+    known = [
+        replies.Reply("", "", "", [int(t) for t, m, n in zip(i, a, k) if m and not n],
+                      [int(t) for t, n in zip(i, k) if n])
+        for i, a, k in zip(batch["input_ids"], batch["attention_mask"], told)
+    ]  # fmt: skip
+    assert found[2.0] - found[0.0] == pytest.approx(2 * directly(model, known).item(), rel=1e-3)
+
+
+def test_replayed_replies_are_their_share_of_the_rows(pocket, known):
+    examples = questions.ontology("validation")[:16]
+    made = sft.mixed(pocket[1], examples, known[:3], 0.2)
+    assert len(made) == 20
+    again = {tuple(r.prompt_ids + r.reply_ids): len(r.prompt_ids) for r in known[:3]}
+    mixed_in = [row for row in made if tuple(row["input_ids"]) in again]
+    assert len(mixed_in) == 4 and len({tuple(row["input_ids"]) for row in mixed_in}) == 3
+    for row in mixed_in:
+        asked = again[tuple(row["input_ids"])]
+        assert row["completion_mask"] == [0] * asked + [1] * (len(row["input_ids"]) - asked)
 
 
 def share(completions, **_):
@@ -310,7 +341,7 @@ def test_a_step_metric_and_a_budget_are_kept_together(pocket, tmp_path):
     )  # fmt: skip
     trainer.train()
     told = [row for row in trainer.state.log_history if "retention/kl" in row]
-    assert any(row["limits/cut"] > 0 for row in told)
+    assert any(row["retention/cut"] > 0 for row in told)
     for row in told:
         for name in ("share", "length"):
             before, after = row[f"step/{name}/slope"], row[f"step/{name}/slope_kept"]
