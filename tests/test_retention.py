@@ -213,12 +213,13 @@ def test_asft_adds_the_kl_on_the_gold_tokens(pocket, tmp_path):
         trainer = sft.build(model, tokenizer, examples, settings, tmp_path)
         batch = next(iter(trainer.get_train_dataloader()))
         found[alpha] = trainer.compute_loss(model, dict(batch)).item()
-    told = batch["labels"] != -100
-    known = [
-        replies.Reply("", "", "", [int(t) for t, m, n in zip(i, a, k) if m and not n],
-                      [int(t) for t, n in zip(i, k) if n])
-        for i, a, k in zip(batch["input_ids"], batch["attention_mask"], told)
-    ]  # fmt: skip
+    known = []
+    for ids, mask, labels in zip(
+        *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True
+    ):
+        told = labels != -100
+        asked = ids[mask.bool() & ~told].tolist()
+        known.append(replies.Reply("", "", "", asked, ids[told].tolist()))
     assert found[2.0] - found[0.0] == pytest.approx(2 * directly(model, known).item(), rel=1e-3)
 
 
