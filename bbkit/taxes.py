@@ -7,7 +7,6 @@ kinds followed as by the base, and nothing lost on texts that no reward and no r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ SHOWN = {"domain": "domain", "domain_lenient": "leniently", "general": "general"
 KNOBS = {"weight": ("penalty", 0.2), "budget": ("step", 0.01), "replies": ("penalty", 512)}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
 MARKERS = "osD^vP*Xph<>"
+MEASURED = (("general", 100), ("elsewhere", 1))  # in per cent, and in nats
 
 
 def models(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[effects.Draws, int]]:
@@ -58,51 +58,80 @@ def _seconds(kept: Mapping[str, Any], arm: str) -> str:
 
 def front(kept: Mapping[str, Any]) -> Figure:
     """Domain accuracy against general, and against the worst kind elsewhere, for both regimes."""
-    figure, axes = new_figure(10.2, 8.4, 2, 2, sharey="row")
-    for (left, right), regime in zip(axes, ("sft", "grpo"), strict=True):
+    figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
+    varied = _varied(kept)
+    order = [arm for arm in models(kept, "sft") if not _knob(arm)]
+    for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
         known = models(kept, regime)
         base = known.pop("base")[0]
-        for i, (arm, (drawn, _)) in enumerate(known.items()):
-            look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "ms": 8}
+        for arm, (drawn, _) in known.items():
+            way = arm.removeprefix("alone_")
+            if _knob(arm):
+                continue
+            i = order.index(way) if way in order else len(order) + (way != arm)
+            shade = {"color": COLORS[i % len(COLORS)]}
             y, *ys = percent(effects.told(drawn["domain_lenient"]))
-            for axis, name, unit in ((left, "general", 100), (right, "elsewhere", 1)):
+            for axis, (name, unit) in zip(pair, MEASURED, strict=True):
                 told = effects.told(drawn[name])
-                x, (low, high) = unit * told["value"], (unit * v for v in told["interval"])
-                axis.plot([low, high], [y, y], color=look["color"], alpha=0.3, lw=1)
-                axis.plot([x, x], ys, color=look["color"], alpha=0.3, lw=1)
-                axis.plot(x, y, ls="", **look, label=arm)
-        whole = 100 * base["general"][0]
-        left.axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
-        right.axvspan(0, 0.1 if regime == "sft" else 0.15, color="#009E73", alpha=0.12)
+                x, bounds = unit * told["value"], [unit * v for v in told["interval"]]
+                axis.plot(bounds, [y, y], alpha=0.3, lw=1, **shade)
+                axis.plot([x, x], ys, alpha=0.3, lw=1, **shade)
+                axis.plot(x, y, ls="", marker=MARKERS[i % len(MARKERS)], ms=8, label=arm, **shade)
+        for knob, row in varied.items() if regime == "sft" else ():
+            i = order.index(KNOBS[knob][0])
+            for axis, (name, unit) in zip(pair, MEASURED, strict=True):
+                at = [unit * drawn[name][0] for _, drawn in row]
+                high = [100 * drawn["domain_lenient"][0] for _, drawn in row]
+                axis.plot(at, high, "-", color=COLORS[i % len(COLORS)], lw=0.8, alpha=0.7)
+                for x, y, (value, _) in zip(at, high, row, strict=True):
+                    axis.text(x, y, f"{knob[0]} {value:g}", fontsize=6.5, color="#555555")
+        whole, room = 100 * base["general"][0], 0.1 if regime == "sft" else 0.15
+        pair[0].axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
+        pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
+        pair[1].invert_xaxis()
         said = "after SFT" if regime == "sft" else "after GRPO on domain questions alone"
-        left.set(title=said, ylabel="domain, read leniently (%)")
-        right.invert_xaxis()
-        left.set(xlabel="general: instructions of unseen kinds (%)")
-        right.set(title=said, xlabel="elsewhere, worst kind: nats a token above the base")
-        right.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        pair[0].set(title=said, ylabel="domain, read leniently (%)")
+        pair[0].set(xlabel="general: instructions of unseen kinds (%)")
+        pair[1].set(title=said, xlabel="elsewhere, worst kind: nats a token above the base")
+        pair[1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return captioned(
         figure,
         "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
         "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
-        "worst kind of text. Notice which arms are green on the left alone: they protected the "
-        "measure.",
+        "worst kind of text. Thin lines: a knob's other values (w weight, b budget, r replies; one "
+        "seed). Notice which arms are green on the left alone: they protected the measure.",
     )
+
+
+def _knob(arm: str) -> str:
+    """The knob of which an arm is another value, "" for none."""
+    return next((k for k, (base, _) in KNOBS.items() if arm.startswith(f"{base}_{k}_")), "")
+
+
+def _varied(kept: Mapping[str, Any]) -> dict[str, list[tuple[float, effects.Draws]]]:
+    """The values of each knob with what they score, over the seeds that all values have."""
+    found, points = effects.arms(kept), {}
+    for knob, (arm, usual) in KNOBS.items():
+        names = {usual: arm} | {
+            float(name.rpartition("_")[2]): name
+            for name in found
+            if name.startswith(f"{arm}_{knob}_")
+        }
+        seeds = set.intersection(*(set(found.get(name, {})) for name in names.values()))
+        if len(names) > 1 and seeds:
+            points[knob] = [
+                (v, effects.draws([effects.last(found[names[v]][s]) for s in sorted(seeds)], 0))
+                for v in sorted(names)
+            ]
+    return points
 
 
 def knobs(kept: Mapping[str, Any]) -> Figure | None:
     """General, the worst kind elsewhere and lenient domain over each knob of retention."""
-    known = models(kept, "sft")
-    points: dict[str, list[tuple[float, effects.Draws]]] = {}
-    for knob, (arm, usual) in KNOBS.items():
-        values = {usual: arm} if arm in known else {}
-        for name in known:
-            if found := re.fullmatch(rf"{arm}_{knob}_([\d.]+)", name):
-                values[float(found[1])] = name
-        if len(values) > 1:
-            points[knob] = [(value, known[values[value]][0]) for value in sorted(values)]
+    points = _varied(kept)
     if not points:
         return None
-    base = known["base"][0]
+    base = models(kept, "sft")["base"][0]
     figure, axes = new_figure(9.6, 6.0, 2, len(points), sharex="col", squeeze=False)
     for (above, below), (knob, row) in zip(axes.T, points.items(), strict=True):
         at = [value for value, _ in row]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bbkit import comparison, effects, recorded, statistics, study, studyplots
+from bbkit import comparison, effects, recorded, statistics, study, studyplots, taxes
 from bbkit.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -244,3 +244,21 @@ def test_figures_of_a_record(tmp_path):
     assert studyplots.noise(bare) is None
     figure = studyplots.front(bare)
     assert {line.get_label() for line in figure.axes[0].lines} >= {"base", "sft", "grpo"}
+
+
+def test_the_page_of_both_regimes_shows_its_record():
+    """Stale? The second command of notebooks/recorded/README.md makes it again."""
+    page = (RECORDED.parent / "README.md").read_text(encoding="utf-8")
+    kept = recorded.read(RECORDED.parent / "retention.json")
+    assert comparison.filled(page, kept, "retention") == page
+    arms = effects.arms(kept)
+    for regime in ("sft", "grpo"):
+        lines = taxes.table(kept, regime).splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        shown = {line.split("|")[1].strip() for line in lines[2:]}
+        wanted = {a for a in arms if a.startswith("alone") == (regime == "grpo")} | {"base"}
+        assert shown == wanted
+    left, right, *_ = taxes.front(kept).axes
+    marks = sum(line.get_marker() != "None" for line in left.get_lines())
+    assert marks == len([a for a in arms if not a.startswith("alone")])
+    assert len(taxes.knobs(kept).axes) == 2 * len(taxes.KNOBS)
