@@ -15,17 +15,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bbkit import data, files, instructions, processes, prompts, replies
+from bbkit import replies
 from bbkit.config import Settings
 from bbkit.errors import InputError
 from bbkit.limits import Limits
-from bbkit.prompts import Example
 from bbkit.replies import Reply
 
 RULES = ("penalty", "step", "cone")
@@ -254,58 +252,3 @@ def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Repl
         trainer, replies, section.rule, section.weight, section.budget, section.recovery,
         section.per_step,
     )  # fmt: skip
-
-
-def of_run(
-    path: Path, model, tokenizer, settings: Settings, held_out: Sequence[Example],
-    data_dir: Path | None,
-) -> list[Reply]:  # fmt: skip
-    """The base's replies of a run, from the file in its folder or made now and kept there.
-
-    The prompts are those of `retention.prompts`, in equal shares of their kinds. Raises InputError
-    where one is not of a split to train on, or is asked in the evaluation.
-    """
-    if processes.is_first() and not path.is_file():
-        section, tests = settings.retention, [e.question for e in held_out]
-        rows: list[dict] = []
-        for name in section.prompts:
-            if name == "self":
-                own = replies.own_turns(
-                    model, tokenizer, section.replies, settings.run.seed, held_out=tests
-                )
-                rows += [{"prompt": turns, "kind": "self"} for turns in own]
-            elif name.endswith(".jsonl"):
-                rows += files.read_rows(Path(name))
-            else:
-                rows += _of_card(name, settings, data_dir)
-        replies.refuse_held_out([row["prompt"] for row in rows if "prompt" in row], tests)
-        given = replies.from_rows(tokenizer, rows, section.replies, settings.run.seed)
-        made = given.replies or replies.answered(
-            model, tokenizer, given.prompts, section.max_new_tokens,
-            settings.evaluation.batch_tokens, given.kinds,
-        )  # fmt: skip
-        replies.write(path, made)
-        print(f"retention: {len(made)} replies of the base to {', '.join(section.prompts)}")
-    processes.wait()
-    return replies.read(path)
-
-
-def _of_card(name: str, settings: Settings, data_dir: Path | None) -> list[dict]:
-    """Prompts of a data card: of "card", or "card/part", a split to train on or a kind of rows."""
-    card, _, part = name.partition("/")
-    split = part if part in data.card(card)["splits"] else "train"
-    if data.role(card, split) != "train":
-        raise InputError(f"retention.prompts {name}: not a split to train on; its card says why")
-    given = data.load(
-        card, split, data_dir, allow_changed=settings.data.allow_changed, seed=settings.run.seed
-    )
-    by_kind: dict[str, list[dict]] = {}
-    for e in given:
-        if not any(c["kind"] in instructions.UNSEEN for c in e.constraints):
-            kind = e.entity if card in data.GENERATED else card
-            by_kind.setdefault(kind, []).append({"prompt": prompts.messages(e), "kind": kind})
-    if part and split != part:
-        if part not in by_kind:
-            raise InputError(f"retention.prompts {name}: no kind {part}; of {', '.join(by_kind)}")
-        by_kind = {part: by_kind[part]}
-    return [row for rows in by_kind.values() for row in rows]

@@ -171,7 +171,7 @@ def execute(
     with held_back():
         import torch
 
-        from bbkit import adapters, data, elsewhere, grpo, models, prompts, report, retention, sft
+        from bbkit import adapters, broad, data, elsewhere, grpo, models, prompts, report, sft
         from bbkit.callback import Recorder
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
@@ -195,7 +195,7 @@ def execute(
     asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
     kept: list[Reply] = []
     if settings.retention.rule != "none" or settings.sft.replay:  # before any LoRA: the base's own
-        kept = retention.of_run(
+        kept = broad.of_run(
             run.folder / "replies.jsonl", model, tokenizer, settings, rows["held_out"] + ifeval,
             data_dir,
         )  # fmt: skip
