@@ -126,3 +126,21 @@ def test_a_step_that_the_scaler_skips_moves_nothing():
     limits.add("kept", -torch.ones(3), -1.0)
     scaler.step(optimizer)
     assert parameter.tolist() == [1.0] * 3 and not noted
+
+
+def test_adam_with_8_bit_states_is_kept_in_plain_distance(capsys):
+    from bitsandbytes.optim import AdamW8bit
+
+    draw, noted = torch.Generator().manual_seed(0), {}
+    parameter = torch.nn.Parameter(torch.randn(128, 64, generator=draw))  # 4,096 and more are 8 bit
+    optimizer = AdamW8bit([parameter], lr=0.1)
+    limits = Limits([parameter], noted.__setitem__)
+    limits.watch(optimizer)
+    for _ in range(3):
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+        limits.add("retention", torch.randn(parameter.numel(), generator=draw), -0.01)
+        optimizer.step()
+        bound = -0.01 + 1e-4 * abs(noted["retention/slope"])
+        assert noted["retention/slope_kept"] <= bound
+    assert optimizer.state[parameter]["state2"].dtype == torch.uint8
+    assert "AdamW8bit has no float moments" in capsys.readouterr().out
