@@ -258,7 +258,7 @@ def test_the_page_of_both_regimes_shows_its_record():
         shown = {line.split("|")[1].strip() for line in lines[2:]}
         wanted = {a for a in arms if a.startswith("alone") == (regime == "grpo")} | {"base"}
         assert shown == wanted
-    left, right, *_ = taxes.front(kept).axes
+    left = taxes.front(kept).axes[0]
     marks = sum(line.get_marker() != "None" for line in left.get_lines())
     assert marks == len([a for a in arms if not a.startswith("alone")])
     assert len(taxes.knobs(kept).axes) == 2 * len(taxes.KNOBS)
