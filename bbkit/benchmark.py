@@ -3,7 +3,7 @@
 `python -m bbkit.benchmark` prints a table and writes JSON. Serves the claim that Capability-Aware
 GRPO comes at no cost. Each round runs every variant once, in a new order, from the same seed;
 figures are medians over rounds of the ratio to the plain variant of the same round, so that a
-machine that others use too disturbs both alike.
+machine that others use too disturbs both alike. `--retention`: what keeping the base costs instead.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--generations", type=int, default=4, help="completions of each of them")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
-    p.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)  # a process of its own
+    p.add_argument("--retention", action="store_true", help="steps with it and without, no others")
+    p.add_argument("--replies", type=int, nargs="+", default=[8, 32], help="of the base, per step")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="upstream data files, where needed")
+    p.add_argument("--peak", help=argparse.SUPPRESS)  # of what: a process of its own
+    p.add_argument("--kept", type=Path, help=argparse.SUPPRESS)  # its file of replies
     return p
 
 
@@ -51,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.retention:
+        from bbkit import retention_cost
+
+        return retention_cost.run(args)
     if args.peak:
-        print(json.dumps(_peak(args)))
+        print(_peak(args))
         return 0
     completions = args.prompts * args.generations
     if completions % args.sequences:
@@ -63,7 +72,7 @@ def _main(args: argparse.Namespace) -> int:
     for rank in args.rank:
         for count in args.capabilities:
             settings = _settings(args, rank)
-            model, tokenizer = _model(settings)
+            model, tokenizer = lora_model(settings)
             found = backward_ratios(model, count, args.sequences, args.tokens, args.rounds)
             steps = step_ratios(model, tokenizer, count, args)
             for variant in VARIANTS:
@@ -76,11 +85,15 @@ def _main(args: argparse.Namespace) -> int:
                 peak = f"{row['peak_bytes'] / 1e6:,.0f}"
                 name = Path(settings.model.name).name
                 print(" | ".join([name, str(count), str(rank), variant, *shown, peak]), flush=True)
-    if args.out:
-        facts = {"rows": rows, "arguments": vars(args) | {"out": str(args.out)}}
-        text = json.dumps(facts | {"machine": record.machine()}, indent=1, default=str)
-        files.write_bytes(args.out, text.encode())
+    write(args, rows)
     return 0
+
+
+def write(args: argparse.Namespace, rows: list[dict]) -> None:
+    """The figures with arguments and machine as JSON, where `--out` asks for it."""
+    if args.out:
+        facts = {"rows": rows, "arguments": vars(args), "machine": record.machine()}
+        files.write_bytes(args.out, json.dumps(facts, indent=1, default=str).encode())
 
 
 def backward_ratios(
@@ -103,14 +116,15 @@ def backward_ratios(
                 seconds[variant].append(times)
     return {
         variant: {
-            "backward": _ratio([t[1] for t in times], [t[1] for t in seconds["plain"]]),
-            "both": _ratio([sum(t) for t in times], [sum(t) for t in seconds["plain"]]),
+            "backward": ratio([t[1] for t in times], [t[1] for t in seconds["plain"]]),
+            "both": ratio([sum(t) for t in times], [sum(t) for t in seconds["plain"]]),
         }
         for variant, times in seconds.items()
     }
 
 
-def _ratio(some: Sequence[float], plain: Sequence[float]) -> float:
+def ratio(some: Sequence[float], plain: Sequence[float]) -> float:
+    """Median over rounds of what `some` took to what `plain` took in the same round."""
     return statistics.median(a / b for a, b in zip(some, plain, strict=True))
 
 
@@ -145,14 +159,14 @@ def step_ratios(
         for turn in range(args.rounds + 1):
             for name in random.Random(turn).sample(sorted(trainers), len(trainers)):
                 torch.manual_seed(turn)
-                whole = _step(trainers[name])
+                whole = step(trainers[name])
                 if turn:
                     seconds[name].append((whole - trainers[name].sampling, whole))
     plain = seconds["plain"]
     return {
         name: {
-            "step": _ratio([t[0] for t in times], [t[0] for t in plain]),
-            "step_with_generation": _ratio([t[1] for t in times], [t[1] for t in plain]),
+            "step": ratio([t[0] for t in times], [t[0] for t in plain]),
+            "step_with_generation": ratio([t[1] for t in times], [t[1] for t in plain]),
         }
         for name, times in seconds.items()
     }
@@ -190,25 +204,30 @@ def _trainer(made, model, tokenizer, capabilities: int, args: argparse.Namespace
             model=model, reward_funcs=rewards, args=arguments, train_dataset=rows,
             processing_class=tokenizer,
         )  # fmt: skip
+    return ready(trainer)
+
+
+def ready(trainer):
+    """A trainer with the optimiser and the micro-batches of one step, for `step`."""
+    passes = trainer.args.gradient_accumulation_steps
     trainer.create_optimizer_and_scheduler(1)
-    trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
-    trainer.batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = passes
+    trainer.batches = list(islice(trainer.get_train_dataloader(), passes))
     return trainer
 
 
-def _step(trainer) -> float:
+def step(trainer) -> float:
     """Seconds of one optimiser step, as transformers' own loop makes it."""
     import torch
 
-    passes = trainer.args.gradient_accumulation_steps
+    trainer._metrics["train"].clear()
     start = time.perf_counter()
-    for i in range(passes):
-        trainer.accelerator.gradient_state._set_sync_gradients(i == passes - 1)
-        trainer.training_step(trainer.model, trainer.batch, None)
+    for i, batch in enumerate(trainer.batches, 1):
+        trainer.accelerator.gradient_state._set_sync_gradients(i == len(trainer.batches))
+        trainer.training_step(trainer.model, batch, None)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
     return time.perf_counter() - start
 
 
@@ -216,7 +235,8 @@ def _settings(args: argparse.Namespace, rank: int):
     return config.load(args.preset, None, [*args.set, f"model.lora_rank={rank}"])
 
 
-def _model(settings):
+def lora_model(settings):
+    """A model with its LoRA matrices, in training mode, and its tokenizer."""
     from bbkit import adapters, models
 
     model, tokenizer = models.load(settings.model, say=lambda line: None, offline=True)
@@ -224,30 +244,42 @@ def _model(settings):
 
 
 def _peak(args: argparse.Namespace) -> int:
-    """Most bytes in use while one variant runs once: on CUDA allocated, else resident."""
+    """Most bytes in use while one variant runs once."""
     import torch
 
-    model, _ = _model(_settings(args, args.rank[0]))
+    model, _ = lora_model(_settings(args, args.rank[0]))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (args.sequences, args.tokens), generator=generator)
     weights = torch.randn(args.sequences, args.capabilities[0], generator=generator)
+    return peak_of(lambda: VARIANTS[args.peak](model, ids, weights))
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Most bytes in use while it runs: on CUDA allocated, else resident in this process."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    VARIANTS[args.peak](model, ids, weights)
+    record.forget_peak()  # of what was loaded before
+    run()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return record.peak_bytes()
 
 
 def _peak_elsewhere(args: argparse.Namespace, rank: int, capabilities: int, variant: str) -> int:
+    options = ["--peak", variant, "--rank", str(rank), "--capabilities", str(capabilities)]
+    options += ["--sequences", str(args.sequences), "--tokens", str(args.tokens)]
+    return elsewhere(args, options)
+
+
+def elsewhere(args: argparse.Namespace, options: Sequence[str]) -> int:
     """The peak in a process of its own: a peak never comes down again."""
-    command = [sys.executable, "-m", "bbkit.benchmark", "--preset", args.preset, "--peak", variant]
+    command = [sys.executable, "-m", "bbkit.benchmark", "--preset", args.preset]
     command += [f"--set={item}" for item in args.set]
-    command += ["--rank", str(rank), "--capabilities", str(capabilities)]
-    command += ["--sequences", str(args.sequences), "--tokens", str(args.tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
     if done.returncode:
-        raise CannotRun(f"benchmark: {variant}: {done.stderr.strip().splitlines()[-1]}")
+        raise CannotRun(f"benchmark: {options}: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.strip().splitlines()[-1])
 
 
