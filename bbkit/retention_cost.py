@@ -91,7 +91,7 @@ def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> 
     import datasets
     import torch
 
-    from bbkit import grpo, retention, sft, train
+    from bbkit import broad, grpo, sft, train
 
     datasets.disable_progress_bars()  # they would run through the table
     fixed = [f"retention.replies={2 * max(args.replies)}", *args.set]
@@ -103,7 +103,7 @@ def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> 
         asked, general, 1, settings.grpo.prompts, settings.grpo.instruction_share, settings.run.seed
     )
     model, tokenizer = benchmark.lora_model(settings)
-    replies = retention.of_run(kept, model, tokenizer, settings, rows["held_out"], args.data_dir)
+    replies = broad.of_run(kept, model, tokenizer, settings, rows["held_out"], args.data_dir)
     if len(replies) < (most := max(count for *_, count in variants)):
         raise InputError(f"--replies {most}: there are {len(replies)} of the base")
     draw = torch.Generator().manual_seed(0)
