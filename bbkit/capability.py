@@ -90,7 +90,7 @@ def capability_aware(
             self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
             # Rows: the capabilities, then the KL penalty, where there is one.
             self.capture = gradients.Capture(self.model, self.capabilities + bool(self.beta))
-            self.limits = None
+            self.limits: Any = None
             if metric == "step":
                 self.limits = Limits(self.capture.parameters.values(), self._note)
             linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
@@ -217,12 +217,12 @@ def capability_aware(
             gramian = gradients.gramian(rows[:kinds], inverse)
             with torch.random.fork_rng(devices=[]):  # PCGrad draws an order, the same on every rank
                 torch.manual_seed(self.args.seed + self.state.global_step)
-                method = "sum" if self.limits else combination
+                method = "sum" if metric == "step" else combination
                 found = gradients.combine(gramian, method, self.controller.weights)
             coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
             coefficients[:kinds] = found.to(rows)
             capture.put(coefficients * scale)
-            if self.limits:
+            if metric == "step":  # limits alone may be retention's
                 self.limits.watch(self.optimizer)
                 for name, row in zip(names, rows, strict=False):
                     self.limits.add(f"step/{name}", row.clone(), 0.0)

@@ -303,6 +303,7 @@ def test_any_trainer_keeps(name, rule, form, pocket, tmp_path):
     assert ("retention/slope" in told[0]) == (rule != "penalty")
     if name == "capability":
         assert {"cosine/share/length", "weight/share"} <= set(told[0])
+        assert not any(key.startswith("step/") for key in told[0])  # its metric is its own
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "trainer"])
