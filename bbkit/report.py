@@ -133,10 +133,12 @@ def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[s
             raised = fmean(r["retention/slope"] > 0 for r in rows)
             kept = fmean(r["retention/slope_kept"] > 0 for r in rows)
             line += (
-                f"; the optimiser would have raised it in {raised:.0%} of them, did in {kept:.0%}"
+                f"; to first order {raised:.0%} of the optimiser's steps raised it, and {kept:.0%} "
+                "of those taken"
             )
         if "retention/cut" in rows[0]:
-            line += f"; {fmean(r.get('retention/cut') or 0 for r in rows):.0%} of a step was cut"
+            cut = fmean(r.get("retention/cut") or 0 for r in rows)
+            line += f"; what was taken out of a step was {cut:.2f} of its length"
         took, whole = (
             sum(r.get(f"seconds/{part}") or 0 for r in rows) for part in ("retention", "step")
         )

@@ -10,6 +10,11 @@ GOOD = {"reward/domain": 0.5, "reward/format": 0.7, "frac_reward_zero_std": 0.3,
         "completions/clipped_ratio": 0.1, "grad_norm": 0.5}  # fmt: skip
 
 
+def test_a_budget_that_binds_while_rewards_rise_is_no_sign():
+    assert health.signs(rows(**{"retention/cut": 0.4, "reward/domain": lambda s: s / 40})) == {}
+    assert health.signs(rows(**{"retention/cut": lambda s: 0.4 * (s % 2)})) == {}
+
+
 def rows(count: int = 20, **changes) -> list[dict]:
     """Steps of a good run; a change is a value, or a function of the step."""
     made = []
@@ -34,6 +39,11 @@ def test_a_good_run_shows_nothing():
             {"reward/format": lambda s: s / 20, "reward/domain": lambda s: 0.8 - s / 40},
             "format for domain",
             "grpo.weights.format",
+        ),
+        (
+            {"retention/cut": 0.4, "reward/domain": lambda s: 0.5, "reward/format": 0.7},
+            "budget binds",
+            "retention.budget",
         ),
         ({"grad_norm": lambda s: 50.0 if s == 20 else 0.5}, "gradient jump", "learning rate"),
     ],

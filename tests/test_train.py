@@ -106,6 +106,8 @@ def test_a_run_leaves_the_folder_of_the_contract(whole):
         bound = 0.3 * (0.2 - row["retention/kl"])
         room = 1e-4 * max(abs(bound), abs(row["retention/slope"]))
         assert row["retention/slope_kept"] <= bound + room
+    report = (whole / "report.md").read_text()
+    assert "## Retention\n\nRule step, replies to pocket_prompts.\n\n- SFT: KL(base" in report
     kinds = [row["kind"] for row in read_rows(whole / "replies.jsonl")]
     assert Counter(kinds) == dict.fromkeys(("chat", "question", "echo", "instruction"), 2)
     evaluation = json.loads((whole / "evaluation.json").read_text())
