@@ -223,7 +223,8 @@ def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
 def test_no_two_arms_look_alike_and_the_rest_are_said_to_be_others():
     kinds = [*studyplots.STYLES.values(), studyplots.OTHER]
     assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(kinds)
-    assert set(studyplots.STYLES) - {"base", "sft"} <= set(study.ARMS)
+    there = effects.arms(recorded.read(RECORDED))  # arms of a study that is over are in its record
+    assert set(studyplots.STYLES) - {"base"} <= {*study.ARMS, *there}
     half, none, all_ = ((0.5, 0.5), 1), ((0, 0), 1), ((1, 1), 1)
     kept = record(sft=[none], grpo=[half], random=[all_], judged=[none])
     left, right = studyplots.front(kept).axes
@@ -261,4 +262,8 @@ def test_the_page_of_both_regimes_shows_its_record():
     left = taxes.front(kept).axes[0]
     marks = sum(line.get_marker() != "None" for line in left.get_lines())
     assert marks == len([a for a in arms if not a.startswith("alone")])
+    assert taxes.knobs(kept) is None
+    for knob, (arm, _) in taxes.KNOBS.items():  # another value of each, as if it had been run
+        kept["runs"][f"{arm}_{knob}_7-100"] = kept["runs"][f"{arm}-100"]
     assert len(taxes.knobs(kept).axes) == 2 * len(taxes.KNOBS)
+    assert len(taxes.front(kept).axes[0].texts) == 2 * len(taxes.KNOBS)
