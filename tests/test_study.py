@@ -29,16 +29,16 @@ TINY = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    assert study.main(["--arms", "grpo,full", "--seeds", "0", "--out", str(out), *TINY]) == 0
+    assert study.main(["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(out), *TINY]) == 0
     return out
 
 
 def test_arms_share_the_sft_and_differ_in_grpo(made):
-    runs = {name: made / f"{name}-0" for name in ("sft", "grpo", "full")}
+    runs = {name: made / f"{name}-0" for name in ("sft", "grpo", "orthogonal")}
     file = "adapter/adapter_model.safetensors"
     assert len({(run / "sft" / file).read_bytes() for run in runs.values()}) == 1
     assert len({(run / file).read_bytes() for run in runs.values()}) == 3
-    for arm in ("grpo", "full"):
+    for arm in ("grpo", "orthogonal"):
         manifest = read_json(runs[arm] / "run.json")
         assert manifest["forked_from"] == "sft-0" and manifest["status"] == "done"
         assert manifest["settings"]["grpo"]["steps"] == 2 and "--out" in manifest["command"]
@@ -52,39 +52,41 @@ def test_an_arm_alone_is_the_same_run(made, tmp_path):
     """The shared SFT is what the arm's own command would have trained."""
     from bbkit import train
 
-    words = read_json(made / "full-0" / "run.json")["command"].split()[3:]
+    words = read_json(made / "orthogonal-0" / "run.json")["command"].split()[3:]
     words[words.index("--out") + 1] = str(tmp_path / "alone")
     assert train.main(words) == 0
     for part in ("adapter/adapter_model.safetensors", "evaluation.json"):
-        assert (tmp_path / "alone" / part).read_bytes() == (made / "full-0" / part).read_bytes()
+        assert (tmp_path / "alone" / part).read_bytes() == (
+            made / "orthogonal-0" / part
+        ).read_bytes()
 
 
 def test_again_only_the_table_is_made(made, capsys):
-    assert study.main(["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]) == 0
+    assert study.main(["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made), *TINY]) == 0
     said, _, table = capsys.readouterr().out.strip().partition("\n")
     assert said == "3 runs, all there"
     lines = table.partition("\n\n")[0].splitlines()
     assert [line.split("|")[1].strip() for line in lines] == [
-        "%", "---", "base", "sft", "grpo", "full",
+        "%", "---", "base", "sft", "grpo", "orthogonal",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
-    words = ["--table", "--arms", "grpo,full", "--seeds", "0", "--out", str(made)]
+    words = ["--table", "--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made)]
     assert study.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
     told = comparison.told(kept)
     assert told == capsys.readouterr().out.strip()
-    assert kept["runs"]["full-0"]["command"].startswith("python -m bbkit.train")
-    rows = read_rows(made / "full-0" / "evaluation" / "grpo.jsonl")
+    assert kept["runs"]["orthogonal-0"]["command"].startswith("python -m bbkit.train")
+    rows = read_rows(made / "orthogonal-0" / "evaluation" / "grpo.jsonl")
     text = (tmp_path / "study.json").read_text()
     told = ("instruction", "elsewhere")  # whose ids, and whose names, are in the record
     assert not any(row["question"] in text for row in rows if row["task"] not in told)
     first = rows[0]
-    told = kept["runs"]["full-0"]["replies"]["grpo"][first["source"]]
+    told = kept["runs"]["orthogonal-0"]["replies"]["grpo"][first["source"]]
     assert told == {"id": first["id"], "reply": first["reply"]}
-    again = recorded.unpack(kept, "full-0")
+    again = recorded.unpack(kept, "orthogonal-0")
     assert set(again) == {"base", "sft", "grpo"}
     for ours, row in zip(again["grpo"], rows, strict=True):
         assert all(ours[name] == row[name] for name in recorded.ITEM)
@@ -95,22 +97,22 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
 def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     file = tmp_path / "study.json"
     words = ["--table", "--seeds", "0", "--out", str(made), "--record", str(file)]
-    for arms in ("grpo", "grpo,full"):
+    for arms in ("grpo", "grpo,orthogonal"):
         assert study.main([*words, "--arms", arms]) == 0
     kept = recorded.read(file)
-    assert set(kept["runs"]) == {"sft-0", "grpo-0", "full-0"}
+    assert set(kept["runs"]) == {"sft-0", "grpo-0", "orthogonal-0"}
     scores = kept["runs"]["sft-0"]["scores"]["sft"]
     scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
     file.write_text(recorded.text(kept))
-    assert study.main([*words, "--arms", "full"]) == 2
+    assert study.main([*words, "--arms", "orthogonal"]) == 2
     assert "sft-0 scored otherwise there" in capsys.readouterr().err
     file.write_text("[]")
-    assert study.main([*words, "--arms", "full"]) == 2
+    assert study.main([*words, "--arms", "orthogonal"]) == 2
     assert "not a record" in capsys.readouterr().err
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
-    words = ["--arms", "grpo,full", "--seeds", "0", "--out", str(made), *TINY]
+    words = ["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made), *TINY]
     assert study.main([*words, "--set", "grpo.steps=3"]) == 2
     assert "grpo-0: grpo.steps was 2 and is now 3" in capsys.readouterr().err
 
@@ -190,6 +192,13 @@ def test_bad_input_is_one_line(words, said, capsys):
     assert said in error and error.count("\n") == 1
 
 
+def test_an_arm_goes_on_from_the_sft_that_keeps_as_it_does(tmp_path):
+    rows = {row.folder.name: row for row in study.schedule(["alone_full", "alone"], [7], tmp_path)}
+    assert list(rows) == ["sft-7", "step-7", "alone_full-7", "alone-7"]
+    assert rows["alone_full-7"].shared == tmp_path / "step-7"
+    assert rows["step-7"].shared is None and rows["alone-7"].shared == tmp_path / "sft-7"
+
+
 def test_an_arm_with_an_sft_of_its_own_is_in_the_table(made, capsys):
     words = ["--arms", "grpo,averaging", "--seeds", "0", "--out", str(made), *TINY]
     assert study.main(words) == 0
@@ -208,9 +217,10 @@ def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
         study, "_train", lambda args, row: asked.append((row.folder.name, args.set))
     )
     assert study.main(["--quick", "--out", str(tmp_path), "--set", "run.threads=1"]) == 0
-    assert [name for name, _ in asked] == ["sft-0", "grpo-0", "full-0", "sft-1", "grpo-1", "full-1"]
+    arms = ("sft", "grpo", "step", "full")  # the whole method goes on from an SFT that keeps too
+    assert [name for name, _ in asked] == [f"{arm}-{seed}" for seed in (0, 1) for arm in arms]
     assert asked[0][1] == ["grpo.steps=15", "grpo.save_steps=15", "run.threads=1"]
-    minutes = int(re.search(r"6 to do \(about (\d+) minutes", capsys.readouterr().out)[1])
+    minutes = int(re.search(r"8 to do \(about (\d+) minutes", capsys.readouterr().out)[1])
     assert minutes < 15
 
 
