@@ -97,8 +97,8 @@ def nearest(gramian: Tensor, slopes: Tensor, bounds: Tensor) -> tuple[Tensor, fl
     chapter 23) by quadprog.
 
     >>> one = torch.ones(1, 1)
-    >>> nearest(one, torch.tensor([0.5]), torch.tensor([0.1]))[0].tolist()
-    [0.4]
+    >>> nearest(one, torch.tensor([0.75]), torch.tensor([0.5]))[0].tolist()
+    [0.25]
     """
     import quadprog
     from scipy.optimize import nnls
