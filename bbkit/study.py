@@ -94,7 +94,9 @@ FROM = {f"alone_{name}": name for name in TAX} | {"alone_full": "step", "full": 
 # 102: of the arms of TAX that keep replies, those whose mean `general` is at most 3 points below
 # the base's and whose worst kind elsewhere is at most 0.1 nat above it after SFT, 0.15 after GRPO
 # alone; of these the highest mean of lenient domain over both regimes; among those within 2 points
-# of it the simplest, penalty before step before cone.
+# of it the simplest, penalty before step before cone. Where none is (on the first two seeds penalty
+# missed general by 0.1 point), penalty at the smallest weight of KNOBS that is, on the same seeds;
+# added before any run of another weight was looked at.
 BASE = ("model", "data", "evaluation")  # the settings that say what the untrained model is asked
 MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # Two arms, two seeds and a quarter of the steps: what a workshop has time for.
