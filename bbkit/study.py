@@ -1,7 +1,7 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
-Serves every comparison between methods. All runs share what the base replied, and arms of one seed
-the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary
+Serves every comparison between methods. All runs share what the base replied, and most arms of one
+seed the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary
 run folder, made by the command that its run.json names, so that a single row can be run again.
 """
 
@@ -28,8 +28,9 @@ def _arm(
     )  # fmt: skip
 
 
-def _kept(rule: str, prompts: str = "pocket_prompts", *more: str) -> tuple[str, ...]:
-    return (f"retention.rule={rule}", f"retention.prompts=[{prompts}]", *more)
+def _kept(rule: str, prompts: str = "") -> tuple[str, ...]:
+    """A rule on the preset's prompts, or on others."""
+    return (f"retention.rule={rule}", *([f"retention.prompts=[{prompts}]"] if prompts else []))
 
 
 def _less(left_out: str) -> str:
