@@ -78,7 +78,7 @@ def _main(args: argparse.Namespace) -> int:
             for variant in VARIANTS:
                 row = {"model": settings.model.name, "capabilities": count, "rank": rank}
                 row |= {"variant": variant, **found[variant], **steps.get(variant, {})}
-                row["peak_bytes"] = _peak_elsewhere(args, rank, count, variant)
+                row["peak_bytes"] = _variant_peak(args, rank, count, variant)
                 rows.append(row)
                 cells = [row.get(k) for k in ("backward", "both", "step", "step_with_generation")]
                 shown = ["-" if c is None else f"{c:.3f}" for c in cells]
@@ -267,13 +267,13 @@ def peak_of(run: Callable[[], Any]) -> int:
     return record.peak_bytes()
 
 
-def _peak_elsewhere(args: argparse.Namespace, rank: int, capabilities: int, variant: str) -> int:
+def _variant_peak(args: argparse.Namespace, rank: int, capabilities: int, variant: str) -> int:
     options = ["--peak", variant, "--rank", str(rank), "--capabilities", str(capabilities)]
     options += ["--sequences", str(args.sequences), "--tokens", str(args.tokens)]
-    return elsewhere(args, options)
+    return peak_apart(args, options)
 
 
-def elsewhere(args: argparse.Namespace, options: Sequence[str]) -> int:
+def peak_apart(args: argparse.Namespace, options: Sequence[str]) -> int:
     """The peak in a process of its own: a peak never comes down again."""
     command = [sys.executable, "-m", "bbkit.benchmark", "--preset", args.preset]
     command += [f"--set={item}" for item in args.set]

@@ -8,7 +8,7 @@ own). Instruction replies alone kept instruction following and lost most of the 
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import data, files, instructions, processes, prompts, replies
+from bbkit import data, instructions, layouts, processes, prompts, replies
 from bbkit.config import Settings
 from bbkit.errors import InputError
 from bbkit.prompts import Example
@@ -22,10 +22,11 @@ def of_run(
     """The base's replies of a run, from the file in its folder or made now and kept there.
 
     The prompts are those of `retention.prompts`, in equal shares of their kinds. Raises InputError
-    where one is not of a split to train on, or is asked in the evaluation.
+    where one is not of a split to train on, or is among `held_out`, the texts of the evaluation.
     """
     if processes.is_first() and not path.is_file():
-        section, tests = settings.retention, [e.question for e in held_out]
+        section = settings.retention
+        tests = [t for e in held_out for t in (e.question, prompts.messages(e)[-1]["content"]) if t]
         rows: list[dict] = []
         for name in section.prompts:
             if name == "self":
@@ -34,11 +35,11 @@ def of_run(
                 )
                 rows += [{"prompt": turns, "kind": "self"} for turns in own]
             elif name.endswith(".jsonl"):
-                rows += files.read_rows(Path(name))
+                rows += _of_file(Path(name))
             else:
-                rows += _of_card(name, settings, data_dir)
-        replies.refuse_held_out([row["prompt"] for row in rows if "prompt" in row], tests)
+                rows += _of_card(name, settings, data_dir, {layouts.normal(text) for text in tests})
         given = replies.from_rows(tokenizer, rows, section.replies, settings.run.seed)
+        replies.refuse_held_out(given.prompts, tests)
         made = given.replies or replies.answered(
             model, tokenizer, given.prompts, section.max_new_tokens,
             settings.evaluation.batch_tokens, given.kinds,
@@ -49,8 +50,21 @@ def of_run(
     return replies.read(path)
 
 
-def _of_card(name: str, settings: Settings, data_dir: Path | None) -> list[dict]:
-    """Prompts of a data card: of "card", or "card/part", a split to train on or a kind of rows."""
+def _of_file(path: Path) -> list[dict]:
+    try:
+        rows = layouts.parse(str(path), path.read_bytes(), "jsonl")
+    except OSError as error:
+        raise InputError(f"retention.prompts {path}: cannot read ({error.strerror})") from error
+    if not rows:
+        raise InputError(f"retention.prompts {path}: no rows")
+    return [row for _, row in rows]
+
+
+def _of_card(name: str, settings: Settings, data_dir: Path | None, tests: set[str]) -> list[dict]:
+    """Prompts of a data card: of "card", or "card/part", a split to train on or a kind of rows.
+
+    Without those that are asked in `tests`: generated instructions are few enough to meet.
+    """
     card, _, part = name.partition("/")
     split = part if part in data.card(card)["splits"] else "train"
     if data.role(card, split) != "train":
@@ -60,8 +74,9 @@ def _of_card(name: str, settings: Settings, data_dir: Path | None) -> list[dict]
     )
     by_kind: dict[str, list[dict]] = {}
     for e in given:
-        if not any(c["kind"] in instructions.UNSEEN for c in e.constraints):
-            kind = e.entity if card in data.GENERATED else card
+        unseen = any(c["kind"] in instructions.UNSEEN for c in e.constraints)
+        if not unseen and layouts.normal(e.question) not in tests:
+            kind = e.entity if card in data.GENERATED and e.task == "instruction" else card
             by_kind.setdefault(kind, []).append({"prompt": prompts.messages(e), "kind": kind})
     if part and split != part:
         if part not in by_kind:

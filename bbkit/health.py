@@ -24,7 +24,8 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(last) < WINDOW:
         return {}
     found = {}
-    for key in sorted({key for row in last for key in row if key.startswith(REWARD)}):
+    rewards = sorted({key for row in last for key in row if key.startswith(REWARD)})
+    for key in rewards:
         values = _of(last, key)
         name = key.removeprefix(REWARD)
         if len(values) == WINDOW and max(values) == 0:
@@ -49,8 +50,9 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 f"reward format rose by {rise:.2f} while domain fell by {-fall:.2f}: lower "
                 "grpo.weights.format, or let grpo.controller.rule=deficit move the weights"
             )
-        bound = _mean([{"bound": float(cut > 0)} for cut in _of(last, "retention/cut")], "bound")
-        if bound > 0.8 and rise < 0.02 and fall < 0.02:
+        kept, made = (_of(last, f"retention/slope{end}") for end in ("_kept", ""))
+        bound = sum(a < b for a, b in zip(kept, made, strict=True)) / WINDOW  # the cone's never is
+        if rewards and bound > 0.8 and max(rise, fall) < 0.02:
             found["budget binds"] = (
                 f"retention cut {bound:.0%} of the steps while no reward rises: raise "
                 "retention.budget, or a lower learning rate needs less of it"

@@ -56,7 +56,8 @@ class Limits:
     @torch.no_grad()
     def _after(self, *_) -> None:
         rows, self.rows = self.rows, {}
-        if not rows:
+        skipped = getattr(self.optimizer, "found_inf", None)  # a fused one skips within its step
+        if not rows or (skipped is not None and skipped.item()):
             return
         matrix = torch.stack([row for row, _ in rows.values()])
         bounds = torch.tensor([bound for _, bound in rows.values()])

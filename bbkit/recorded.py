@@ -37,9 +37,9 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             items = items or asked
             if asked != items:
                 raise InputError(f"{folder}: answered other prompts than {folders[0]}")
-        logged = [r for r in files.read_rows(folder / "metrics.jsonl") if r["stage"] == "grpo"]
-        names = sorted({k for row in logged for k in row if k.startswith(LOGGED)})
         stage, probe = "grpo" if "grpo" in kept else "sft", folder / "probe.json"
+        logged = [r for r in files.read_rows(folder / "metrics.jsonl") if r["stage"] == stage]
+        names = sorted({k for row in logged for k in row if k.startswith(LOGGED)})
         count = manifest["settings"][stage]["steps"]
         spent = manifest["stages"].get(stage, {}).get("seconds", 0.0) / max(1, count)
         runs[folder.name] = {
@@ -69,8 +69,9 @@ def read(path: Path) -> dict[str, Any]:
 def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The record `kept`, which is called `name`, with the runs of `more`.
 
-    Raises InputError where the two were asked other prompts, or where a run of both scored
-    otherwise: on another machine a seed is another run, and its arms go with it.
+    Raises InputError where the two were asked other prompts, where a run of both scored otherwise
+    (on another machine a seed is another run, and its arms go with it), or where an arm of both
+    keeps replies otherwise: `full` of older records is another arm.
 
     >>> a, b = ({"items": [], "runs": {"sft-0": {"scores": {"sft": value}}}} for value in (0, 1))
     >>> joined(a, b, "pocket.json")
@@ -84,7 +85,19 @@ def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[
             raise InputError(
                 f"{name}: {run} scored otherwise there; record other seeds, or into another file"
             )
-    return {"items": kept["items"], "runs": {**kept["runs"], **more["runs"]}}
+    whole = {**kept["runs"], **more["runs"]}
+    first: dict[str, str] = {}
+    for run, found in whole.items():
+        same = first.setdefault(run.rpartition("-")[0], run)
+        if _rule(whole[same]) != _rule(found):
+            raise InputError(f"{name}: {run} keeps replies otherwise than {same}; use another file")
+    return {"items": kept["items"], "runs": whole}
+
+
+def _rule(run: Mapping[str, Any]) -> str:
+    """By which rule a run kept replies; before the settings had one, the cone's in GRPO."""
+    rule = (run.get("retention") or {}).get("rule", "none")
+    return "cone" if rule == "none" and (run.get("grpo") or {}).get("retention") else rule
 
 
 def text(found: Mapping[str, Any]) -> str:

@@ -49,7 +49,6 @@ def answered(
     max_new_tokens: int,
     batch_tokens: int = 12_000,
     kinds: Sequence[str] = (),
-    progress=None,
 ) -> list[Reply]:
     """Greedy replies of the base to N prompts, in order; a batch holds at most `batch_tokens`.
 
@@ -67,7 +66,7 @@ def answered(
     ends, rows = _ends(tokenizer, model), [ids for _, ids, _ in asked]
     pad = next(t for t in (tokenizer.pad_token_id, *ends, 0) if t is not None)
     with _base(model):
-        found = generation.greedy(model, rows, max_new_tokens, batch_tokens, ends, pad, progress)
+        found = generation.greedy(model, rows, max_new_tokens, batch_tokens, ends, pad)
     return [
         Reply(kind, shown, _text(tokenizer, new, ends), ids, new)
         for kind, (shown, ids, _), new in zip(kinds or [""] * len(rows), asked, found, strict=True)
@@ -117,7 +116,7 @@ def spread(kinds: Sequence[str], count: int, seed: int) -> list[int]:
 
 
 def refuse_held_out(prompts: Sequence[Prompt], held_out: Iterable[str]) -> None:
-    """Raises InputError where a prompt, or a user's turn in it, is a text of a test split.
+    """Raises InputError where a prompt, or a user's turn in it, is one of the texts `held_out`.
 
     >>> refuse_held_out(["Name a bone."], ["name a  BONE"])
     Traceback (most recent call last):

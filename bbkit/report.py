@@ -129,20 +129,20 @@ def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[s
             f"{STAGES[stage]}: KL(base ‖ model) on the base's replies was "
             f"{fmean(r['retention/kl'] for r in last):.4f} nats a token in the last steps"
         )
-        if "retention/slope" in rows[0]:
+        if "retention/slope" in last[-1]:
             raised = fmean(r["retention/slope"] > 0 for r in rows)
             kept = fmean(r["retention/slope_kept"] > 0 for r in rows)
             line += (
                 f"; to first order {raised:.0%} of the optimiser's steps raised it, and {kept:.0%} "
                 "of those taken"
             )
-        if "retention/cut" in rows[0]:
+        if any("retention/cut" in r for r in rows):
             cut = fmean(r.get("retention/cut") or 0 for r in rows)
             line += f"; what was taken out of a step was {cut:.2f} of its length"
         took, whole = (
             sum(r.get(f"seconds/{part}") or 0 for r in rows) for part in ("retention", "step")
         )
-        share = f" of {whole / len(rows):.2f}" if whole else ""
+        share = f", beside {whole / len(rows):.2f} of the rest" if whole else ""
         lines.append(f"- {line}; it took {took / len(rows):.2f} s a step{share}.")
     head = f"Rule {settings.get('rule')}, replies to {', '.join(settings.get('prompts', ()))}."
     return ["## Retention", head, "\n".join(lines)] if lines else []

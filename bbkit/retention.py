@@ -79,6 +79,19 @@ def _off(model) -> Iterator[Any]:
         yield model
 
 
+@contextmanager
+def _sure(model) -> Iterator[None]:
+    """Without dropout, which would part a model from itself; eval mode would checkpoint nothing."""
+    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+    for module in drops:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in drops:
+            module.train()
+
+
 def _replies(model, tokenizer, given: Any, seed: int, count: int, longest: int) -> list[Reply]:
     """The replies that `keeping` was given, or asked for."""
     if tokenizer is None:
@@ -89,7 +102,7 @@ def _replies(model, tokenizer, given: Any, seed: int, count: int, longest: int) 
         given = replies.own_turns(model, tokenizer, count, seed)
     elif isinstance(given, Sequence) and given and isinstance(given[0], Reply):
         return list(given)
-    rows = replies.from_rows(tokenizer, given)
+    rows = replies.from_rows(tokenizer, given, count, seed)
     return rows.replies or replies.answered(
         model, tokenizer, rows.prompts, longest, kinds=rows.kinds
     )
@@ -109,19 +122,22 @@ def keeping(
 ) -> type:
     """A subclass of any transformers or TRL `trainer` that keeps what its base model was.
 
-    Built and used as `trainer` is. `replies`: "self", the base writes `count` conversations before
-    the first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily;
-    or rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). Each step takes
-    `per_step` of them and their L = KL(base ‖ policy), nats a token:
+    Built and used as `trainer` is. `replies`: "self", the base writes conversations before the
+    first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily; or
+    rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). Taken are `count` at most,
+    fewer of its own where some do not end or repeat; a reply has `max_new_tokens` at most. Each
+    step takes `per_step` of them and their L = KL(base ‖ policy), nats a token, without dropout:
 
     - `penalty` adds `weight` × ∇L;
     - `step` lets a step raise L by no more than `recovery` × (`budget` − L) to first order, and
-      above the budget makes it take so much back, on the displacement that the optimiser made;
+      above the budget (nats a token) makes it take so much back, on the displacement that the
+      optimiser made; what the task adds again between steps may hold L above it;
     - `cone` takes from the gradient what opposes ∇L, and no more.
 
     The base is the model with its adapter off, or `base`, a frozen copy, where all weights train.
     Logged: `retention/kl`, and for cone and step `retention/slope`, `/slope_kept`, `/cut`.
-    Raises InputError for an unknown rule, and in training where there is no base.
+    Raises InputError for an unknown rule, where the trainer is built without a base, and at the
+    first step where there is no tokenizer or no reply.
 
     >>> from trl import SFTTrainer
     >>> issubclass(keeping(SFTTrainer, weight=0.5), SFTTrainer)
@@ -147,6 +163,8 @@ def keeping(
                     "retention: this model trains its own weights and has no adapter to switch off "
                     "for its base: pass keeping(..., base=a frozen copy), or peft_config"
                 )
+            if base is not None:
+                base.to(self.accelerator.device).eval()
             if rule != "penalty" and self.limits is None:
                 self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
 
@@ -203,10 +221,12 @@ def keeping(
             chosen = drawn.sample(self._kept, min(per_step, len(self._kept)))
             tokens = sum(len(whole) - asked for whole, asked in chosen)
             total = torch.zeros((), device=self.accelerator.device)
-            for part in batches(chosen[rank::world], model.config.vocab_size):
-                with self.compute_loss_context_manager():
-                    loss = divergence(model, self._base, part) / tokens
-                self.accelerator.backward(loss)
+            words = model.config.get_text_config().vocab_size
+            for part in batches(chosen[rank::world], words):
+                with _sure(model):  # over the backward pass too, which may compute anew
+                    with self.compute_loss_context_manager():
+                        loss = divergence(model, self._base, part) / tokens
+                    self.accelerator.backward(loss)
                 total += loss.detach()
             if world > 1:
                 total = self.accelerator.reduce(total, "sum")
@@ -223,8 +243,8 @@ def keeping(
             if self.accelerator.is_main_process:
                 with self._base() as frozen:
                     found[0] = _replies(
-                        frozen, self.processing_class, replies, self.args.seed, count,
-                        max_new_tokens,
+                        frozen, getattr(self.processing_class, "tokenizer", self.processing_class),
+                        replies, self.args.seed, count, max_new_tokens,
                     )  # fmt: skip
             broadcast_object_list(found)
             longest = getattr(self.args, "max_length", None) or 10**6

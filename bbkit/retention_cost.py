@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             for variant, found in step_ratios(args, [(stage, "none", 0), *variants], kept).items():
                 options = ["--retention", "--peak", "/".join(map(str, variant)), f"--kept={kept}"]
                 options += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-                peak = benchmark.elsewhere(args, options)
+                peak = benchmark.peak_apart(args, options)
                 row = dict(zip(("stage", "rule", "replies"), variant, strict=True))
                 rows.append({"model": name, **row, **found, "peak_bytes": peak})
                 cells = [*map(str, variant), f"{found['step']:.3f}", f"{peak / 1e6:,.0f}"]

@@ -4,7 +4,9 @@ Gold replies in the kit's grammar, loss on the reply alone. Every field that uns
 being asked is set here (optimiser, rates, batch, seed, loss type).
 """
 
+import random
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 from bbkit import processes, prompts
@@ -103,11 +105,14 @@ def asft(base: type, alpha: float) -> type:
     return Anchored
 
 
-def mixed(tokenizer, examples: Sequence[Example], replies: Sequence[Reply], share: float) -> list:
-    """Rows as tokens, of which `share` are the base's replies, repeated where too few."""
+def mixed(
+    tokenizer, examples: Sequence[Example], replies: Sequence[Reply], share: float, seed: int
+) -> list:
+    """Rows as tokens, `share` of them replies of the base, drawn of all; again where too few."""
     encoded = [prompts.encode(tokenizer, e, prompts.completion(e)) for e in examples]
     count = round(len(encoded) * share / (1 - share))
-    often = [replies[i % len(replies)] for i in range(count)]
+    drawn = random.Random(seed).sample(replies, len(replies))  # they come kind by kind
+    often = islice(cycle(drawn), count)
     encoded += [(r.prompt_ids + r.reply_ids, len(r.prompt_ids)) for r in often]
     return [
         {"input_ids": ids, "completion_mask": [0] * asked + [1] * (len(ids) - asked)}
@@ -149,7 +154,7 @@ def build(
     trainer = retention.around(trainer, settings, "sft", replies)
     data = rows(examples)
     if section.replay:
-        data = mixed(tokenizer, examples, replies, section.replay)
+        data = mixed(tokenizer, examples, replies, section.replay, settings.run.seed)
     with keep_float32(model):
         return trainer(
             model=model,

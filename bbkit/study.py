@@ -1,8 +1,8 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
 Serves every comparison between methods. All runs share what the base replied, and most arms of one
-seed the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an ordinary
-run folder, made by the command that its run.json names, so that a single row can be run again.
+seed the SFT, which is trained once; GRPO then starts from the very same adapter. Each arm is an
+ordinary run folder, made by the command that its run.json names, so that one can be run again.
 """
 
 import argparse
@@ -158,8 +158,7 @@ def _main(args: argparse.Namespace) -> int:
             _train(args, row)
             if args.probe and row.folder.name == f"sft-{row.seed}":
                 _probe(args, row.folder)
-    arms = [*dict.fromkeys(name for arm in arms for name in (FROM.get(arm), arm) if name)]
-    names = [f"{arm}-{seed}" for arm in arms for seed in seeds]
+    names = [f"{arm}-{seed}" for arm in _needed(arms) for seed in seeds]
     there = [name for name in names if _evaluated(out / name)]
     if missing := [name for name in names if name not in there]:
         print(f"not finished, and not in the table: {', '.join(missing)}")
@@ -184,11 +183,16 @@ def schedule(arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[Row]:
     for seed in seeds:
         first = out / f"sft-{seed}"
         rows.append(Row(first, seed, ("grpo.steps=0",), None))
-        for arm in dict.fromkeys(name for a in arms for name in (FROM.get(a), a) if name):
+        for arm in _needed(arms):
             own = arm in (TAX | KNOBS) or any(item.startswith("data.") for item in ARMS[arm])
             start = out / f"{FROM[arm]}-{seed}" if arm in FROM else None if own else first
             rows.append(Row(out / f"{arm}-{seed}", seed, ARMS[arm], start))
     return rows
+
+
+def _needed(arms: Sequence[str]) -> list[str]:
+    """Arms behind those whose SFT they go on from, each once."""
+    return [*dict.fromkeys(name for arm in arms for name in (FROM.get(arm), arm) if name)]
 
 
 def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 SHOWN = {"domain": "domain", "domain_lenient": "leniently", "general": "general"}
 # A knob's arms are those whose names end in its value; the arm that they change has the preset's.
 KNOBS = {"weight": ("penalty", 0.2), "budget": ("step", 0.01), "replies": ("penalty", 512)}
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
-MARKERS = "osD^vP*Xph<>"
+COLORS = "000000 0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 882255 44AA99 999933 777777".split()
+MARKERS = "osD^vP*Xph<>d"  # as many pairs with COLORS as the product: no two arms look alike
 MEASURED = (("general", 100), ("elsewhere", 1))  # in per cent, and in nats
 
 
-def models(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[effects.Draws, int]]:
+def models(kept: Mapping[str, Any], regime: str) -> dict[str, tuple[effects.Draws, int]]:
     """Draws and number of seeds of a regime's last models, "sft" or "grpo" (alone); base first."""
     found = {}
     for arm, rows in effects.models(effects.arms(kept)).items():
         alone = arm == "alone" or arm.startswith("alone_")
-        if arm == "base" or not regime or alone == (regime == "grpo"):
+        if arm == "base" or alone == (regime == "grpo"):
             found[arm] = (effects.draws(rows), len(rows))
     return found
 
@@ -60,16 +60,16 @@ def front(kept: Mapping[str, Any]) -> Figure:
     """Domain accuracy against general, and against the worst kind elsewhere, for both regimes."""
     figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
     varied = _varied(kept)
-    order = [arm for arm in models(kept, "sft") if not _knob(arm)]
+    ways = (arm.removeprefix("alone_") for r in ("sft", "grpo") for arm in models(kept, r))
+    order = [way for way in dict.fromkeys(ways) if way != "base" and not _knob(way)]
     for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
         known = models(kept, regime)
         base = known.pop("base")[0]
         for arm, (drawn, _) in known.items():
-            way = arm.removeprefix("alone_")
             if _knob(arm):
                 continue
-            i = order.index(way) if way in order else len(order) + (way != arm)
-            shade = {"color": COLORS[i % len(COLORS)]}
+            i = order.index(arm.removeprefix("alone_"))
+            shade = {"color": f"#{COLORS[i % len(COLORS)]}"}
             y, *ys = percent(effects.told(drawn["domain_lenient"]))
             for axis, (name, unit) in zip(pair, MEASURED, strict=True):
                 told = effects.told(drawn[name])
@@ -82,7 +82,7 @@ def front(kept: Mapping[str, Any]) -> Figure:
             for axis, (name, unit) in zip(pair, MEASURED, strict=True):
                 at = [unit * drawn[name][0] for _, drawn in row]
                 high = [100 * drawn["domain_lenient"][0] for _, drawn in row]
-                axis.plot(at, high, "-", color=COLORS[i % len(COLORS)], lw=0.8, alpha=0.7)
+                axis.plot(at, high, "-", color=f"#{COLORS[i % len(COLORS)]}", lw=0.8, alpha=0.7)
                 for x, y, (value, _) in zip(at, high, row, strict=True):
                     axis.text(x, y, f"{knob[0]} {value:g}", fontsize=6.5, color="#555555")
         whole, room = 100 * base["general"][0], 0.1 if regime == "sft" else 0.15
@@ -90,16 +90,17 @@ def front(kept: Mapping[str, Any]) -> Figure:
         pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
         pair[1].invert_xaxis()
         said = "after SFT" if regime == "sft" else "after GRPO on domain questions alone"
-        pair[0].set(title=said, ylabel="domain, read leniently (%)")
+        pair[0].set(title=f"{said}: what is asked", ylabel="domain, read leniently (%)")
         pair[0].set(xlabel="general: instructions of unseen kinds (%)")
-        pair[1].set(title=said, xlabel="elsewhere, worst kind: nats a token above the base")
+        pair[1].set(title="what nobody asks", xlabel="elsewhere, worst kind: nats above the base")
         pair[1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return captioned(
         figure,
         "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
         "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
-        "worst kind of text. Thin lines: a knob's other values (w weight, b budget, r replies; one "
-        "seed). Notice which arms are green on the left alone: they protected the measure.",
+        "worst kind of text. "
+        + "Joined: a knob's values (w weight, b budget, r replies; one seed). " * bool(varied)
+        + "Notice what replies to instructions alone protect: the left side, which is asked.",
     )
 
 

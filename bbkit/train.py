@@ -191,14 +191,18 @@ def execute(
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
-    evaluate_stage("base")
     asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
+    trained = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
+    left = [stage for stage in trained if not run.is_done(stage)]
+    guarded = settings.retention.stages if settings.retention.rule != "none" else ()
     kept: list[Reply] = []
-    if settings.retention.rule != "none" or settings.sft.replay:  # before any LoRA: the base's own
+    replayed = settings.sft.replay and "sft" in left
+    if replayed or {*left} & {*guarded}:  # before any LoRA: the base's own
+        tests = [*rows["held_out"], *ifeval, *rows.get("elsewhere", ())]
         kept = broad.of_run(
-            run.folder / "replies.jsonl", model, tokenizer, settings, rows["held_out"] + ifeval,
-            data_dir,
-        )  # fmt: skip
+            run.folder / "replies.jsonl", model, tokenizer, settings, tests, data_dir
+        )
+    evaluate_stage("base")
     model = adapters.add_lora(model, settings.model, settings.run.seed)
     tuned = False
     for stage in ("sft", "grpo"):

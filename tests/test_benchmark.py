@@ -11,9 +11,9 @@ SMALL = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
 
 
 def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch):
-    apart = benchmark._peak_elsewhere  # a process each: one of them is enough here
+    apart = benchmark._variant_peak  # a process each: one of them is enough here
     monkeypatch.setattr(
-        benchmark, "_peak_elsewhere", lambda *a: apart(*a) if a[-1] == "one_pass" else 2e8
+        benchmark, "_variant_peak", lambda *a: apart(*a) if a[-1] == "one_pass" else 2e8
     )
     steps, plain_step = set(), benchmark.step
 
@@ -45,12 +45,12 @@ STEPS += ["--set", "grpo.max_completion_length=8", "--set", "model.lora_rank=4"]
 
 
 def test_it_measures_what_retention_costs(tmp_path, capsys, monkeypatch):
-    apart = benchmark.elsewhere
+    apart = benchmark.peak_apart
 
     def one_alone(args, options):
         return apart(args, options) if "grpo/step/2" in options else 2e8
 
-    monkeypatch.setattr(benchmark, "elsewhere", one_alone)
+    monkeypatch.setattr(benchmark, "peak_apart", one_alone)
     out = tmp_path / "figures.json"
     assert benchmark.main([*STEPS, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]

@@ -11,8 +11,10 @@ GOOD = {"reward/domain": 0.5, "reward/format": 0.7, "frac_reward_zero_std": 0.3,
 
 
 def test_a_budget_that_binds_while_rewards_rise_is_no_sign():
-    assert health.signs(rows(**{"retention/cut": 0.4, "reward/domain": lambda s: s / 40})) == {}
-    assert health.signs(rows(**{"retention/cut": lambda s: 0.4 * (s % 2)})) == {}
+    kept = {"retention/slope": 0.4, "retention/slope_kept": 0.1}
+    assert health.signs(rows(**kept, **{"reward/domain": lambda s: s / 40})) == {}
+    kept["retention/slope_kept"] = lambda s: 0.4 - 0.1 * (s % 2)
+    assert health.signs(rows(**kept)) == {}
 
 
 def rows(count: int = 20, **changes) -> list[dict]:
@@ -41,7 +43,12 @@ def test_a_good_run_shows_nothing():
             "grpo.weights.format",
         ),
         (
-            {"retention/cut": 0.4, "reward/domain": lambda s: 0.5, "reward/format": 0.7},
+            {
+                "retention/slope": 0.4,
+                "retention/slope_kept": 0.1,
+                "reward/domain": lambda s: 0.5,
+                "reward/format": 0.7,
+            },
             "budget binds",
             "retention.budget",
         ),
@@ -55,6 +62,14 @@ def test_each_sign_is_named_with_its_mend(changes, name, mend):
 
 def test_a_reward_that_is_earned_once_is_not_stuck():
     assert health.signs(rows(**{"reward/domain": lambda s: float(s == 15)})) == {}
+
+
+def test_a_budget_binds_without_harm_where_nothing_is_rewarded_or_for_the_cone():
+    kept = {"retention/slope": 0.4, "retention/slope_kept": 0.1}
+    sft = [{"stage": "sft", "step": s, "loss": 1.0, **kept} for s in range(1, 31)]
+    assert health.signs(sft) == {}
+    cone = {"retention/slope": 0.4, "retention/slope_kept": 0.4, "retention/cut": 0.2}
+    assert health.signs(rows(**cone, **{"reward/domain": 0.5, "reward/format": 0.7})) == {}
 
 
 def test_a_sign_is_told_once_at_its_first_step():

@@ -116,9 +116,11 @@ def test_without_a_row_the_optimiser_is_left_alone():
     assert parameter.tolist() == [0.0] * 3
 
 
-def test_a_step_that_the_scaler_skips_moves_nothing():
+@pytest.mark.parametrize("fused", [False, True])  # fused, it skips within its own step
+def test_a_step_that_the_scaler_skips_moves_nothing(fused):
     parameter, noted = torch.nn.Parameter(torch.ones(3)), {}
-    optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
     limits = Limits([parameter], noted.__setitem__)
     limits.watch(optimizer)
     scaler.scale(parameter.sum()).backward()

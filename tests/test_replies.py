@@ -51,10 +51,9 @@ def test_answers_are_the_base_s_greedy_ones_and_nothing_of_the_model_changes(poc
     modes = [m.training for m in pocket.modules()]
     wanted = [p.requires_grad for p in pocket.parameters()]
     state, ours = torch.get_rng_state(), random.getstate()
-    counted = []
     kinds = [e.entity for e in GENERAL]
-    found = replies.answered(pocket, tokenizer, ASKED, 8, 2000, kinds, counted.append)
-    assert [r.text for r in found] == expected and sum(counted) == len(GENERAL)
+    found = replies.answered(pocket, tokenizer, ASKED, 8, 2000, kinds)
+    assert [r.text for r in found] == expected
     assert [r.kind for r in found] == kinds
     for reply in found:
         ended = reply.reply_ids[-1] == tokenizer.eos_token_id

@@ -225,7 +225,7 @@ def test_asft_adds_the_kl_on_the_gold_tokens(pocket, tmp_path):
 
 def test_replayed_replies_are_their_share_of_the_rows(pocket, known):
     examples = questions.ontology("validation")[:16]
-    made = sft.mixed(pocket[1], examples, known[:3], 0.2)
+    made = sft.mixed(pocket[1], examples, known[:3], 0.2, seed=0)
     assert len(made) == 20
     again = {tuple(r.prompt_ids + r.reply_ids): len(r.prompt_ids) for r in known[:3]}
     mixed_in = [row for row in made if tuple(row["input_ids"]) in again]
@@ -233,6 +233,14 @@ def test_replayed_replies_are_their_share_of_the_rows(pocket, known):
     for row in mixed_in:
         asked = again[tuple(row["input_ids"])]
         assert row["completion_mask"] == [0] * asked + [1] * (len(row["input_ids"]) - asked)
+
+
+def test_replayed_replies_are_of_all_kinds(pocket):
+    examples = questions.ontology("validation")[:16]
+    by_kind = [replies.Reply(k, "", "", [9, i], [8]) for i, k in enumerate("aaaaaaaabbbbbbbb")]
+    made = sft.mixed(pocket[1], examples, by_kind, 1 / 3, seed=0)
+    kinds = [by_kind[row["input_ids"][1]].kind for row in made[16:]]
+    assert len(kinds) == 8 and min(map(kinds.count, "ab")) >= 2
 
 
 def share(completions, **_):
@@ -359,6 +367,24 @@ def test_a_model_of_which_all_weights_train_needs_its_base(tmp_path, known):
     base, _ = models.load(plain, say=lambda line: None)
     trainer = trained("sft", FORMS["rows"], (model, tokenizer), tmp_path, base=base)
     assert trainer.state.log_history[1]["retention/kl"] > 0
+
+
+def test_dropout_does_not_part_a_model_from_its_base(known, tmp_path):
+    levels = []
+    for share in (0.0, 0.5):
+        settings = config.load("pocket", None, [f"model.lora_dropout={share}"]).model
+        model, tokenizer = models.load(settings, say=lambda line: None)
+        model = moved(adapters.add_lora(model, settings, 0))
+        trainer = trained("sft", known, (model, tokenizer), tmp_path)
+        levels.append(trainer.state.log_history[0]["retention/kl"])
+    assert levels[0] == pytest.approx(levels[1], rel=1e-5)
+    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert drops and all(m.training for m in drops)
+
+
+def test_no_more_replies_are_made_than_asked_for(pocket, tmp_path):
+    trainer = trained("sft", FORMS["prompts"], pocket, tmp_path, count=2)
+    assert len(trainer._kept) == 2
 
 
 def test_a_rule_that_is_none_and_replies_that_are_none_are_refused(pocket, tmp_path):

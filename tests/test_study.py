@@ -106,6 +106,11 @@ def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     file.write_text(recorded.text(kept))
     assert study.main([*words, "--arms", "orthogonal"]) == 2
     assert "sft-0 scored otherwise there" in capsys.readouterr().err
+    scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
+    kept["runs"]["orthogonal-5"] = kept["runs"]["orthogonal-0"] | {"retention": {"rule": "step"}}
+    file.write_text(recorded.text(kept))
+    assert study.main([*words, "--arms", "orthogonal"]) == 2
+    assert "orthogonal-5 keeps replies otherwise than orthogonal-0" in capsys.readouterr().err
     file.write_text("[]")
     assert study.main([*words, "--arms", "orthogonal"]) == 2
     assert "not a record" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import config, files, study, train
+from bbkit import config, data, files, prompts, study, train
 from bbkit.files import read_rows
 
 SMALL = [
@@ -343,6 +343,7 @@ def test_50_kills_at_any_moment_end_in_the_same_bits(whole, disk):
             2,
             "no split of ifeval 'train'",
         ),
+        (kept("sft.replay=0.1", "retention.prompts=[no.jsonl]"), 2, "no.jsonl: cannot read"),
         (
             kept("retention.rule=step", "retention.prompts=[self]", "retention.replies=8"),
             2,
@@ -355,6 +356,26 @@ def test_bad_input_is_one_clear_line(words, code, said, tmp_path, monkeypatch, c
     assert train.main([*words, "--offline"]) == code
     err = capsys.readouterr().err.strip()
     assert err.startswith("error: ") and "\n" not in err and said in err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": 7}', "replies row 1: needs a prompt"),
+        ('{"prompt": [{"from": "human", "value": "Hi"}]}', "replies row 1: needs a prompt"),
+        ("", "no rows"),
+        ("a question of the evaluation", "replies prompt 1: of a test split"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_serve_is_one_clear_line(row, said, tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    if row.startswith("a question"):  # as the kit asks it, options and all; no newline at the end
+        row = json.dumps({"prompt": prompts.messages(data.load("ontology_chains", "test")[0])})
+    file.write_text(row)
+    words = kept("retention.rule=penalty", f"retention.prompts=[{file}]", "sft.steps=1")
+    assert train.main([*words, "--stages", "sft", "--out", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "replies.jsonl").exists()
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
