@@ -13,23 +13,27 @@ from bbkit.config import Settings
 @dataclass(frozen=True)
 class Pace:
     """Seconds of one sequence of SFT, of one completion of GRPO (drawn, scored, trained on), of one
-    token that a held-out reply may take; the prompts held out where the settings take all; and the
-    machine, as the estimate names it."""
+    token that a held-out reply may take; the prompts held out where the settings take all; the
+    machine, as the estimate names it; and how many times as long SFT and GRPO take with the
+    preset's retention (bbkit.benchmark --retention)."""
 
     sft: float
     grpo: float
     token: float
     held_out: int
     machine: str
+    kept: tuple[float, float]
 
 
 # pocket: 2 hyperthreads of a Xeon at 2.1 GHz, float32 (commit f603c8e); smollm2-cpu: one core of an
 # EPYC, another run beside it (9657c7f), means of two seeds.
 RECORDED = {
-    "pocket": Pace(49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586, "2 idle cores"),
+    "pocket": Pace(
+        49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586, "2 idle cores", (1.77, 1.09)
+    ),
     "smollm2-cpu": Pace(
         1490 / (96 * 8), 1890 / (16 * 32), 1530 / (2155 * 128 + 541 * 256), 800,
-        "one core that computes in bfloat16",
+        "one core that computes in bfloat16", (1.32, 1.04),
     ),
 }  # fmt: skip
 STAGES = ("sft", "grpo", "evaluate")
@@ -50,9 +54,11 @@ def estimate(
     s, g, e = settings.sft, settings.grpo, settings.evaluation
     asked = e.questions + e.instructions if e.questions and e.instructions else pace.held_out
     evaluations = 1 + bool(s.steps) + bool(g.steps)
+    kept = settings.retention.stages if settings.retention.rule != "none" else ()
+    times = {name: ratio for name, ratio in zip(STAGES[:2], pace.kept, strict=True) if name in kept}
     seconds = {
-        "sft": s.steps * s.batch_size * pace.sft,
-        "grpo": g.steps * g.prompts * g.generations * pace.grpo,
+        "sft": s.steps * s.batch_size * pace.sft * times.get("sft", 1),
+        "grpo": g.steps * g.prompts * g.generations * pace.grpo * times.get("grpo", 1),
         "evaluate": evaluations * pace.token
         * (asked * e.max_new_tokens + e.ifeval * e.ifeval_tokens),
     }  # fmt: skip

@@ -264,9 +264,9 @@ def keeping(
 
 
 def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Reply]) -> type:
-    """`trainer` with the rule that the settings have for a stage, or as it is."""
+    """`trainer` with the rule that the settings have for a stage; without replies as it is."""
     section = settings.retention
-    if section.rule == "none" or stage not in section.stages:
+    if section.rule == "none" or stage not in section.stages or not replies:
         return trainer
     return keeping(
         trainer, replies, section.rule, section.weight, section.budget, section.recovery,

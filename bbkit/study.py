@@ -56,7 +56,7 @@ TAX: dict[str, tuple[str, ...]] = {
     "penalty_less_chat": _kept("penalty", _less("chat")),
     "penalty_less_instruction": _kept("penalty", _less("instruction")),
 }
-# One knob of retention changed at a time (bbkit.taxes.KNOBS), without GRPO.
+# One knob of retention changed at a time (bbkit.taxes.KNOBS).
 KNOBS = {f"penalty_weight_{x}": (*TAX["penalty"], f"retention.weight={x}") for x in (0.05, 1, 5)}
 KNOBS |= {f"step_budget_{x}": (*TAX["step"], f"retention.budget={x}") for x in (0.002, 0.03)}
 KNOBS |= {f"penalty_replies_{n}": (*TAX["penalty"], f"retention.replies={n}") for n in (64, 2048)}
@@ -67,7 +67,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     # from the SFT of that name, or from the one that a seed's arms share
     "alone": ALONE,
     "alone_kl": (*ALONE, "grpo.beta=0.1"),
-    **{f"alone_{name}": (*ALONE, *changed) for name, changed in TAX.items()},
+    **{f"alone_{name}": (*ALONE, *changed) for name, changed in (TAX | KNOBS).items()},
     # the whole method on the step: no reward falls, and its budget holds
     "alone_full": (*ALONE, *_arm(combination="dual_cone"), "grpo.metric=step", *TAX["step"]),
     "grpo": _arm("grpo", "fixed"),
@@ -90,7 +90,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "static_unfloored": (*_arm(rule="fixed"), "grpo.sigma_floor=0.01"),
 }
 # The SFT that an arm goes on from, where it is that of another arm and not the shared one.
-FROM = {f"alone_{name}": name for name in TAX} | {"alone_full": "step", "full": "step"}
+FROM = {f"alone_{name}": name for name in TAX | KNOBS} | {"alone_full": "step", "full": "step"}
 # How the presets' retention is chosen, written down before the table on validation, seeds 100 to
 # 102: of the arms of TAX that keep replies, those whose mean `general` is at most 3 points below
 # the base's and whose worst kind elsewhere is at most 0.1 nat above it after SFT, 0.15 after GRPO

@@ -59,11 +59,11 @@ def _seconds(kept: Mapping[str, Any], arm: str) -> str:
 def front(kept: Mapping[str, Any]) -> Figure:
     """Domain accuracy against general, and against the worst kind elsewhere, for both regimes."""
     figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
-    varied = _varied(kept)
-    ways = (arm.removeprefix("alone_") for r in ("sft", "grpo") for arm in models(kept, r))
+    joined = False
+    found = {regime: models(kept, regime) for regime in ("sft", "grpo")}
+    ways = (arm.removeprefix("alone_") for known in found.values() for arm in known)
     order = [way for way in dict.fromkeys(ways) if way != "base" and not _knob(way)]
-    for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
-        known = models(kept, regime)
+    for pair, (regime, known) in zip(axes, found.items(), strict=True):
         base = known.pop("base")[0]
         for arm, (drawn, _) in known.items():
             if _knob(arm):
@@ -77,7 +77,9 @@ def front(kept: Mapping[str, Any]) -> Figure:
                 axis.plot(bounds, [y, y], alpha=0.3, lw=1, **shade)
                 axis.plot([x, x], ys, alpha=0.3, lw=1, **shade)
                 axis.plot(x, y, ls="", marker=MARKERS[i % len(MARKERS)], ms=8, label=arm, **shade)
-        for knob, row in varied.items() if regime == "sft" else ():
+        varied = _varied(kept, "" if regime == "sft" else "alone_")
+        joined = joined or bool(varied)
+        for knob, row in varied.items():
             i = order.index(KNOBS[knob][0])
             for axis, (name, unit) in zip(pair, MEASURED, strict=True):
                 at = [unit * drawn[name][0] for _, drawn in row]
@@ -99,20 +101,24 @@ def front(kept: Mapping[str, Any]) -> Figure:
         "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
         "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
         "worst kind of text. "
-        + "Joined: a knob's values (w weight, b budget, r replies; one seed). " * bool(varied)
+        + "Joined: a knob's values (w weight, b budget, r replies). " * joined
         + "Notice what replies to instructions alone protect: the left side, which is asked.",
     )
 
 
 def _knob(arm: str) -> str:
     """The knob of which an arm is another value, "" for none."""
-    return next((k for k, (base, _) in KNOBS.items() if arm.startswith(f"{base}_{k}_")), "")
+    way = arm.removeprefix("alone_")
+    return next((k for k, (base, _) in KNOBS.items() if way.startswith(f"{base}_{k}_")), "")
 
 
-def _varied(kept: Mapping[str, Any]) -> dict[str, list[tuple[float, effects.Draws]]]:
+def _varied(
+    kept: Mapping[str, Any], before: str = ""
+) -> dict[str, list[tuple[float, effects.Draws]]]:
     """The values of each knob with what they score, over the seeds that all values have."""
     found, points = effects.arms(kept), {}
-    for knob, (arm, usual) in KNOBS.items():
+    for knob, (way, usual) in KNOBS.items():
+        arm = f"{before}{way}"
         names = {usual: arm} | {
             float(name.rpartition("_")[2]): name
             for name in found

@@ -44,7 +44,7 @@ TINY = [
         "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=1",
         "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
         "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
-        "evaluation.bootstrap=50", "evaluation.elsewhere=5",
+        "evaluation.bootstrap=50", "evaluation.elsewhere=5", "retention.rule=none",
     )
 ]  # fmt: skip
 

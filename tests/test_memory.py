@@ -11,7 +11,8 @@ def peak(settings, **options) -> int:
 
 
 def test_parts_of_the_pocket_run_by_hand():
-    settings = config.load("pocket", overrides=["sft.micro_batch_size=4", "model.max_length=100"])
+    changed = ["sft.micro_batch_size=4", "model.max_length=100", "retention.rule=none"]
+    settings = config.load("pocket", overrides=changed)
     found = memory.plan(settings, torch.float32)["sft"]
     _, sizes = memory.measure(settings.model, torch.float32, offline=True)
     assert found["weights"] == 4 * sizes["parameters"]

@@ -117,11 +117,16 @@ def run_in_a_kernel(path: Path) -> str:
     return printed(notebook)
 
 
-# In CI without a kernel: in some runs it and its client waited for each other for good.
-@pytest.mark.parametrize(
-    "run", [run_in_a_shell, pytest.param(run_in_a_kernel, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("path", EVERY)
+# In CI the solutions alone, which have every cell of the others, and without a kernel: in some runs
+# it and its client waited for each other for good.
+CASES = [pytest.param(path, run_in_a_shell, id=f"solutions/{path.name}") for path in SOLVED]
+CASES += [
+    pytest.param(*case.values, run_in_a_kernel, id=f"kernel/{case.id}", marks=pytest.mark.slow)
+    for case in EVERY
+]
+
+
+@pytest.mark.parametrize(("path", "run"), CASES)
 def test_runs_from_top_to_bottom(path, run):
     out = run(path)
     if path in SOLVED:

@@ -12,7 +12,7 @@ from bbkit import gradients, probe, train, weighting
 SMALL = [
     "--preset", "pocket", "--set", "sft.steps=2", "--set", "sft.batch_size=8", "--stages", "sft",
     "--set", "sft.micro_batch_size=8", "--set", "run.threads=1", "--set", "grpo.generations=4",
-    "--set", "grpo.prompts=4", "--set", "grpo.micro_batch_size=8",
+    "--set", "grpo.prompts=4", "--set", "grpo.micro_batch_size=8", "--set", "retention.rule=none",
 ]  # fmt: skip
 
 
