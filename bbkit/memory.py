@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import hub, retention
+from bbkit import hub
 from bbkit.errors import CannotRun, InputError
+from bbkit.prompts import LOGITS
 
 if TYPE_CHECKING:
     from bbkit.config import Model as ModelSettings
@@ -160,7 +161,7 @@ def plan(
             # Its own passes come after, in parts of so many logits; a step's rule keeps where the
             # weights were, the row, the displacement and the metric beside the gradients.
             row = config.vocab_size * (kept.max_new_tokens + 1)
-            some = min(kept.per_step, max(1, retention.LOGITS // row))
+            some = min(kept.per_step, max(1, LOGITS // row))
             parts["retention"] = 4 * lora * (1 if kept.rule == "penalty" else 6)
             passing["activations"] = max(
                 passing["activations"],

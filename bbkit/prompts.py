@@ -15,6 +15,7 @@ from string import ascii_uppercase
 
 SYSTEM = "Reason in <reasoning></reasoning>, then give the answer in <answer></answer>."
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+LOGITS = 2**25  # numbers in the logits of one pass at most: 128 MB for each copy of them
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def closing(tokenizer) -> int | None:
 def batches(rows: Sequence[Sequence[int]], tokenizer, model) -> Iterator:
     """Token rows in batches of like length: their places, tokens and mask, on the model's device.
 
-    Padded on the right; as many as leave the logits of a batch at 2^25 numbers, or one.
+    Padded on the right; as many as leave the logits of a batch at LOGITS numbers, or one.
     """
     import torch
 
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
         width = len(rows[order[0]])
-        most = max(1, 2**25 // (model.config.vocab_size * width))  # 128 MB for each copy
+        most = max(1, LOGITS // (model.config.vocab_size * width))
         chosen, order = order[:most], order[most:]
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)

@@ -24,10 +24,10 @@ from bbkit import replies
 from bbkit.config import Settings
 from bbkit.errors import InputError
 from bbkit.limits import Limits
+from bbkit.prompts import LOGITS
 from bbkit.replies import Reply
 
 RULES = ("penalty", "step", "cone")
-LOGITS = 2**25  # numbers in the logits of one pass at most: 128 MB for each copy of them
 
 
 def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[tuple]:
