@@ -65,10 +65,12 @@ def front(kept: Mapping[str, Any]) -> Figure:
     order = [way for way in dict.fromkeys(ways) if way != "base" and not _knob(way)]
     for pair, (regime, known) in zip(axes, found.items(), strict=True):
         base = known.pop("base")[0]
-        for arm, (drawn, _) in known.items():
+        most = max(seeds for _, seeds in known.values())
+        for arm, (drawn, seeds) in known.items():
             if _knob(arm):
                 continue
             i = order.index(arm.removeprefix("alone_"))
+            label = arm if seeds == most else f"{arm} ({seeds} of {most} seeds)"
             shade = {"color": f"#{COLORS[i % len(COLORS)]}"}
             y, *ys = percent(effects.told(drawn["domain_lenient"]))
             for axis, (name, unit) in zip(pair, MEASURED, strict=True):
@@ -76,22 +78,20 @@ def front(kept: Mapping[str, Any]) -> Figure:
                 x, bounds = unit * told["value"], [unit * v for v in told["interval"]]
                 axis.plot(bounds, [y, y], alpha=0.3, lw=1, **shade)
                 axis.plot([x, x], ys, alpha=0.3, lw=1, **shade)
-                axis.plot(x, y, ls="", marker=MARKERS[i % len(MARKERS)], ms=8, label=arm, **shade)
-        varied = _varied(kept, "" if regime == "sft" else "alone_")
-        joined = joined or bool(varied)
-        for knob, row in varied.items():
-            i = order.index(KNOBS[knob][0])
-            for axis, (name, unit) in zip(pair, MEASURED, strict=True):
-                at = [unit * drawn[name][0] for _, drawn in row]
-                high = [100 * drawn["domain_lenient"][0] for _, drawn in row]
-                axis.plot(at, high, "-", color=f"#{COLORS[i % len(COLORS)]}", lw=0.8, alpha=0.7)
-                for x, y, (value, _) in zip(at, high, row, strict=True):
-                    axis.text(x, y, f"{knob[0]} {value:g}", fontsize=6.5, color="#555555")
+                axis.plot(x, y, ls="", marker=MARKERS[i % len(MARKERS)], ms=8, label=label, **shade)
+        row = _varied(kept, "" if regime == "sft" else "alone_").get("weight", ())
+        joined = joined or bool(row)
+        for axis, (name, unit) in zip(pair, MEASURED, strict=True):
+            at = [unit * drawn[name][0] for _, drawn in row]
+            high = [100 * drawn["domain_lenient"][0] for _, drawn in row]
+            axis.plot(at, high, "-", color="#555555", lw=0.8, alpha=0.7)
+            for x, y, (value, _) in zip(at, high, row, strict=True):
+                axis.annotate(f"{value:g}", (x, y), (3, 3), textcoords="offset points", fontsize=7)
         whole, room = 100 * base["general"][0], 0.1 if regime == "sft" else 0.15
         pair[0].axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
         pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
         pair[1].invert_xaxis()
-        said = "after SFT" if regime == "sft" else "after GRPO on domain questions alone"
+        said = "after SFT" if regime == "sft" else "after GRPO alone"
         pair[0].set(title=f"{said}: what is asked", ylabel="domain, read leniently (%)")
         pair[0].set(xlabel="general: instructions of unseen kinds (%)")
         pair[1].set(title="what nobody asks", xlabel="elsewhere, worst kind: nats above the base")
@@ -101,7 +101,7 @@ def front(kept: Mapping[str, Any]) -> Figure:
         "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
         "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
         "worst kind of text. "
-        + "Joined: a knob's values (w weight, b budget, r replies). " * joined
+        + "Joined, with numbers: other weights of the penalty, fewer seeds. " * joined
         + "Notice what replies to instructions alone protect: the left side, which is asked.",
     )
 
@@ -139,7 +139,7 @@ def knobs(kept: Mapping[str, Any]) -> Figure | None:
     if not points:
         return None
     base = models(kept, "sft")["base"][0]
-    figure, axes = new_figure(9.6, 6.0, 2, len(points), sharex="col", squeeze=False)
+    figure, axes = new_figure(9.6, 6.0, 2, len(points), sharex="col", sharey="row", squeeze=False)
     for (above, below), (knob, row) in zip(axes.T, points.items(), strict=True):
         at = [value for value, _ in row]
         for name, label in (("general", "general"), ("domain_lenient", "domain, leniently")):
@@ -152,9 +152,11 @@ def knobs(kept: Mapping[str, Any]) -> Figure | None:
             label = name.replace("_kl", ", KL")
             below.plot(at, nats, style, color=color("retention"), label=label)
         below.axhline(0.1, color="#999999", ls=":", lw=1)
-        below.set(xscale="log", xlabel=f"retention.{knob}", ylim=(0, None))
+        below.set(xscale="log", xlabel=f"retention.{knob}")
+        below.set_xticks(at, [f"{value:g}" for value in at])
+        below.set_xticks([], minor=True)
     axes[0, 0].set(ylabel="held out (%)")
-    axes[1, 0].set(ylabel="worst kind (nats a token)")
+    axes[1, 0].set(ylabel="worst kind (nats a token)", ylim=(0, None))
     axes[0, 0].legend(fontsize=8, frameon=False)
     axes[1, 0].legend(fontsize=8, frameon=False)
     return captioned(
