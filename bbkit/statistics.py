@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +105,16 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=32)
+def _often(runs: int, clusters: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each run, and each cluster, is drawn: two thirds of what a table of arms takes."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    one, other = (rng.multinomial(n, [1 / n] * n, draws).astype(float) for n in (runs, clusters))
+    return one, other
+
+
 def crossed(table: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     """A mean over runs crossed with clusters, followed by `draws` resamples of both.
 
@@ -117,9 +128,8 @@ def crossed(table: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
     """
     import numpy as np
 
-    rng = np.random.default_rng(seed)
     runs, clusters, _ = table.shape
-    often = [rng.multinomial(n, [1 / n] * n, draws) for n in (runs, clusters)]  # each was drawn
+    often = _often(runs, clusters, draws, seed)
     picked = (often[1] @ table.swapaxes(0, 1).reshape(clusters, -1)).reshape(draws, runs, 2)
     sums = (often[0][:, :, None] * picked).sum(axis=1)
     value = table[:, :, 0].sum() / table[:, :, 1].sum()

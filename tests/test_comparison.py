@@ -1,6 +1,7 @@
 """Arms against each other: intervals over seeds and prompts, the rule of the verdicts, tables."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -247,11 +248,13 @@ def test_figures_of_a_record(tmp_path):
     assert {line.get_label() for line in figure.axes[0].lines} >= {"base", "sft", "grpo"}
 
 
-def test_the_page_of_both_regimes_shows_its_record():
+def test_the_page_of_both_regimes_shows_its_record(monkeypatch):
     """Stale? The second command of notebooks/recorded/README.md makes it again."""
     page = (RECORDED.parent / "README.md").read_text(encoding="utf-8")
     kept = recorded.read(RECORDED.parent / "retention.json")
     assert comparison.filled(page, kept, "retention") == page
+    drawn = effects.draws  # what follows looks at no interval
+    monkeypatch.setattr(effects, "draws", lambda runs, count=9: drawn(runs, min(count, 9)))
     arms = effects.arms(kept)
     for regime in ("sft", "grpo"):
         lines = taxes.table(kept, regime).splitlines()
@@ -259,11 +262,15 @@ def test_the_page_of_both_regimes_shows_its_record():
         shown = {line.split("|")[1].strip() for line in lines[2:]}
         wanted = {a for a in arms if a.startswith("alone") == (regime == "grpo")} | {"base"}
         assert shown == wanted
+    knobs = {name for name in kept["runs"] if re.search(r"_(weight|budget|replies)_", name)}
     left = taxes.front(kept).axes[0]
     marks = sum(line.get_marker() != "None" for line in left.get_lines())
-    assert marks == len([a for a in arms if not a.startswith("alone")])
-    assert taxes.knobs(kept) is None
+    named = {name.rpartition("-")[0] for name in kept["runs"].keys() - knobs}
+    assert marks == len([arm for arm in named if not arm.startswith("alone")])
+    for name in knobs:
+        del kept["runs"][name]
+    assert taxes.knobs(kept) is None and not taxes.front(kept).axes[0].texts
     for knob, (arm, _) in taxes.KNOBS.items():  # another value of each, as if it had been run
         kept["runs"][f"{arm}_{knob}_7-100"] = kept["runs"][f"{arm}-100"]
     assert len(taxes.knobs(kept).axes) == 2 * len(taxes.KNOBS)
-    assert len(taxes.front(kept).axes[0].texts) == 2 * len(taxes.KNOBS)
+    assert len(taxes.front(kept).axes[0].texts) == 2
