@@ -136,7 +136,7 @@ class Grpo:
 @dataclass(frozen=True)
 class Retention:
     rule: Literal["none", "penalty", "step", "cone"] = "none"
-    weight: Positive = 0.2
+    weight: Positive = 1.0
     budget: Positive = 0.01
     recovery: Share = 0.3
     prompts: tuple[str, ...] = ("self",)

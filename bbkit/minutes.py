@@ -46,7 +46,7 @@ def estimate(
 
     >>> from bbkit import config
     >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket")).items()}
-    {'sft': 0.8, 'grpo': 6.3, 'evaluate': 0.3}
+    {'sft': 1.5, 'grpo': 6.9, 'evaluate': 0.3}
     """
     pace = RECORDED.get(preset or "")
     if not pace:

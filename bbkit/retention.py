@@ -112,7 +112,7 @@ def keeping(
     trainer: type,
     replies: Any = "self",
     rule: str = "penalty",
-    weight: float = 0.2,
+    weight: float = 1.0,
     budget: float = 0.01,
     recovery: float = 0.3,
     per_step: int = 8,

@@ -29,8 +29,9 @@ def _arm(
 
 
 def _kept(rule: str, prompts: str = "") -> tuple[str, ...]:
-    """A rule on the preset's prompts, or on others."""
-    return (f"retention.rule={rule}", *([f"retention.prompts=[{prompts}]"] if prompts else []))
+    """A rule, with the first guess at a weight, on the preset's prompts or on others."""
+    on = (f"retention.prompts=[{prompts}]",) if prompts else ()
+    return (f"retention.rule={rule}", "retention.weight=0.2", *on)
 
 
 def _less(left_out: str) -> str:
@@ -97,7 +98,7 @@ FROM = {f"alone_{name}": name for name in TAX | KNOBS} | {"alone_full": "step", 
 # alone; of these the highest mean of lenient domain over both regimes; among those within 2 points
 # of it the simplest, penalty before step before cone. Where none is (on the first two seeds penalty
 # missed general by 0.1 point), penalty at the smallest weight of KNOBS that is, on the same seeds;
-# added before any run of another weight was looked at.
+# added before any run of another weight was looked at. So it came: weight 1, in all presets.
 BASE = ("model", "data", "evaluation")  # the settings that say what the untrained model is asked
 MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # Two arms, two seeds and a quarter of the steps: what a workshop has time for.
