@@ -222,7 +222,9 @@ grpo.reward_functions = slow
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_step_that_takes_a_minute_is_given_up_and_nothing_else(whole, tmp_path, how):
     out = tmp_path / "run"
     words = [*SMALL, "--set", "sft.save_steps=50", "--set", "grpo.save_steps=50", "--out", str(out)]
