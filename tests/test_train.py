@@ -465,7 +465,7 @@ LONG = [
     "--preset", "pocket", "--stages", "sft,grpo", "--set", "sft.steps=60", "--set",
     "grpo.prompts=4", "--set", "grpo.generations=4", "--set", "grpo.micro_batch_size=16",
     "--set", "grpo.save_steps=50", "--set", "run.threads=1",
-    "--set", "grpo.advantages=capability",
+    "--set", "grpo.advantages=capability", "--set", "retention.rule=none",
 ]  # fmt: skip
 
 
@@ -478,7 +478,8 @@ def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned
     words += ["--set", method]
     settings = config.to_dict(config.load("pocket", None, words[5::2]))
     out, again = tmp_path / "whole", tmp_path / "again"
-    study.fork(tuned, out, settings, ["python"])
+    if not method.startswith("retention"):  # whose SFT is another
+        study.fork(tuned, out, settings, ["python"])
     code, text, err = finish(start(*words, "--out", str(out)))
     assert code == 0, text + err
     shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-100", "adapter"))
@@ -500,4 +501,4 @@ def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned
         for part in ("reward", "sigma", "coefficient", "gradient_norm"):
             assert all(f"{part}/{k}" in row for k in kinds), part
         assert {"loss", "entropy", "unparsed", "gradient_engine", "seconds/combination"} <= set(row)
-    assert moved == ("rule=" in method and "fixed" not in method)
+    assert moved == ("controller.rule=" in method and "fixed" not in method)
