@@ -15,7 +15,7 @@ class Pace:
     """Seconds of one sequence of SFT, of one completion of GRPO (drawn, scored, trained on), of one
     token that a held-out reply may take; the prompts held out where the settings take all; the
     machine, as the estimate names it; and how many times as long SFT and GRPO take with the
-    preset's retention (bbkit.benchmark --retention)."""
+    preset's retention, once the base has replied."""
 
     sft: float
     grpo: float
@@ -26,7 +26,8 @@ class Pace:
 
 
 # pocket: 2 hyperthreads of a Xeon at 2.1 GHz, float32 (commit f603c8e); smollm2-cpu: one core of an
-# EPYC, another run beside it (9657c7f), means of two seeds.
+# EPYC, another run beside it (9657c7f), means of two seeds. With retention: by `bbkit.benchmark
+# --retention`, but smollm2-cpu's GRPO, to which the seconds that it adds to SFT were added.
 RECORDED = {
     "pocket": Pace(
         49.2 / (120 * 32), 378 / (60 * 256), 5.1 / (586 * 48), 586, "2 idle cores", (1.77, 1.09)

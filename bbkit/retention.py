@@ -80,8 +80,8 @@ def _off(model) -> Iterator[Any]:
 
 
 @contextmanager
-def _sure(model) -> Iterator[None]:
-    """Without dropout, which would part a model from itself; eval mode would checkpoint nothing."""
+def _without_dropout(model) -> Iterator[None]:
+    """Dropout would part a model from itself, and eval mode would checkpoint no activations."""
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
     for module in drops:
         module.eval()
@@ -223,7 +223,7 @@ def keeping(
             total = torch.zeros((), device=self.accelerator.device)
             words = model.config.get_text_config().vocab_size
             for part in batches(chosen[rank::world], words):
-                with _sure(model):  # over the backward pass too, which may compute anew
+                with _without_dropout(model):  # over the backward pass too, which may compute anew
                     with self.compute_loss_context_manager():
                         loss = divergence(model, self._base, part) / tokens
                     self.accelerator.backward(loss)
@@ -264,10 +264,18 @@ def keeping(
 
 
 def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Reply]) -> type:
-    """`trainer` with the rule that the settings have for a stage; without replies as it is."""
+    """`trainer` with the rule that the settings have for a stage, or as it is.
+
+    Raises InputError where there is a rule and no reply of the base: nothing would be kept.
+    """
     section = settings.retention
-    if section.rule == "none" or stage not in section.stages or not replies:
+    if section.rule == "none" or stage not in section.stages:
         return trainer
+    if not replies:
+        raise InputError(
+            f"{stage}: retention.rule={section.rule} keeps the base's replies and got none: pass "
+            "them (bbkit.broad.of_run), or set retention.rule=none"
+        )
     return keeping(
         trainer, replies, section.rule, section.weight, section.budget, section.recovery,
         section.per_step,

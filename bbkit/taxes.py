@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = {"domain": "domain", "domain_lenient": "leniently", "general": "general"}
-# A knob's arms are those whose names end in its value; the arm that they change has the preset's.
+# A knob's arms are those whose names end in its value; beside it the value of the arm they change.
 KNOBS = {"weight": ("penalty", 0.2), "budget": ("step", 0.01), "replies": ("penalty", 512)}
 COLORS = "000000 0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 882255 44AA99 999933 777777".split()
 MARKERS = "osD^vP*Xph<>d"  # as many pairs with COLORS as the product: no two arms look alike
@@ -161,7 +161,7 @@ def knobs(kept: Mapping[str, Any]) -> Figure | None:
     axes[1, 0].legend(fontsize=8, frameon=False)
     return captioned(
         figure,
-        "SFT with one knob of retention changed at a time, all else as in the preset. Dotted: the "
+        "SFT with one knob of the arms penalty (weight 0.2) or step changed at a time. Dotted: the "
         "base's general, and 0.1 nat a token. Notice how wide the plateau of each knob is.",
     )
 

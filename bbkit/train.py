@@ -192,12 +192,11 @@ def execute(
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
     asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
-    trained = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
-    left = [stage for stage in trained if not run.is_done(stage)]
-    guarded = settings.retention.stages if settings.retention.rule != "none" else ()
+    left = {s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps}
+    left = {s for s in left if not run.is_done(s)}
+    guarded = {*settings.retention.stages} if settings.retention.rule != "none" else set()
     kept: list[Reply] = []
-    replayed = settings.sft.replay and "sft" in left
-    if replayed or {*left} & {*guarded}:  # before any LoRA: the base's own
+    if left & (guarded | ({"sft"} if settings.sft.replay else set())):  # before any LoRA
         tests = [*rows["held_out"], *ifeval, *rows.get("elsewhere", ())]
         kept = broad.of_run(
             run.folder / "replies.jsonl", model, tokenizer, settings, tests, data_dir

@@ -42,7 +42,7 @@ def test_reward_functions_score_their_own_row_and_leave_out_what_does_not_apply(
 def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
     from bbkit import adapters, models
 
-    settings = config.load("pocket", overrides=["sft.steps=1"])
+    settings = config.load("pocket", overrides=["sft.steps=1", "retention.rule=none"])
     model, tokenizer = models.load(settings.model, say=lambda line: None)
     model = adapters.add_lora(model, settings.model, 0)
     trainer = sft.build(model, tokenizer, QUESTIONS, settings, tmp_path)

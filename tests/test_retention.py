@@ -209,7 +209,8 @@ def test_asft_adds_the_kl_on_the_gold_tokens(pocket, tmp_path):
     found = {}
     for alpha in (0.0, 2.0):
         words = [f"sft.asft_alpha={alpha}", "sft.loss_type=dft", "sft.batch_size=4"]
-        settings = config.load("pocket", None, [*words, "sft.micro_batch_size=2"])
+        words += ["sft.micro_batch_size=2", "retention.rule=none"]
+        settings = config.load("pocket", None, words)
         trainer = sft.build(model, tokenizer, examples, settings, tmp_path)
         batch = next(iter(trainer.get_train_dataloader()))
         found[alpha] = trainer.compute_loss(model, dict(batch)).item()
@@ -385,6 +386,12 @@ def test_dropout_does_not_part_a_model_from_its_base(known, tmp_path):
 def test_no_more_replies_are_made_than_asked_for(pocket, tmp_path):
     trainer = trained("sft", FORMS["prompts"], pocket, tmp_path, count=2)
     assert len(trainer._kept) == 2
+
+
+def test_a_rule_of_the_settings_without_replies_is_refused(pocket, tmp_path):
+    settings = config.load("pocket")
+    with pytest.raises(InputError, match=r"sft: retention\.rule=penalty .* got none: pass them"):
+        sft.build(*pocket, questions.ontology("validation")[:4], settings, tmp_path)
 
 
 def test_a_rule_that_is_none_and_replies_that_are_none_are_refused(pocket, tmp_path):

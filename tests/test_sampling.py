@@ -171,7 +171,7 @@ def test_a_trainer_samples_what_trl_samples(made, tmp_path):
 def test_parts_that_cut_a_group(made, tmp_path, monkeypatch):
     """The kit's trainer with `sample_at_once`, 6 completions of groups of 4."""
     overrides = ["grpo.prompts=3", "grpo.generations=4", "grpo.micro_batch_size=12"]
-    overrides += ["grpo.sample_at_once=6", "grpo.max_completion_length=16"]
+    overrides += ["grpo.sample_at_once=6", "grpo.max_completion_length=16", "retention.rule=none"]
     settings = config.load("pocket", None, overrides)
     trainer = grpo.build(*made, EXAMPLES[:3], settings, tmp_path)
     ids = [made[1](e.question)["input_ids"] for e in EXAMPLES[:3] for _ in range(4)]

@@ -187,7 +187,8 @@ from bbkit import adapters, config, grpo, models, sft, train
 settings = config.load("pocket", None, [
     "sft.steps=12", "sft.batch_size=16", "sft.micro_batch_size=16", "grpo.steps=2",
     "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=8", "run.threads=1",
-    "grpo.advantages=capability", "grpo.combination=dual_cone", "grpo.judge=0.5"])
+    "grpo.advantages=capability", "grpo.combination=dual_cone", "grpo.judge=0.5",
+    "retention.rule=none"])
 rows = train.load_rows(settings, None)
 model, tokenizer = models.load(settings.model)
 model = adapters.add_lora(model, settings.model, 0)
