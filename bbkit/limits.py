@@ -15,14 +15,16 @@ from torch.nn import Parameter
 from bbkit import combination, gradients
 from bbkit.errors import CannotRun
 
+FLOOR = 0.01  # of √v̂; pocket's runs end with their least at 0.035, so that it binds in odd ones
+
 
 class Limits:
     """What the next step of an optimiser may not do, on the displacement that it really makes.
 
     After the optimiser, with its clipping, momentum, second moments and decay, the parameters are
     moved to the nearest place at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest
-    is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update, else Euclidean, which is
-    said. A step that float16's scaler skips makes none. `note(name, value)` gets, by row, the slope
+    is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update with √v̂ no less than
+    `FLOOR` of its root mean square, else Euclidean, which is said. A step that float16's scaler skips makes none. `note(name, value)` gets, by row, the slope
     that the optimiser's displacement had, and the one taken; and the share of it that was cut, as
     `retention/cut` where a row of that name was bounded, else as `step/cut`.
     """
@@ -93,7 +95,12 @@ class Limits:
         if scale is None:
             kind = type(self.optimizer).__name__
             self._say(f"limits: steps are kept in plain distance, {kind} has no float moments")
-        return scale
+            return None
+        # Where hardly any gradient ever came, moving would cost nothing: the correction would go
+        # there, as far as rounding says, and two processes would end up 100 times further apart.
+        moved = scale > 0
+        mean = (1 / scale[moved]).square().mean().sqrt()
+        return torch.where(moved, scale.clamp(max=1 / (FLOOR * mean)), scale)
 
     def _say(self, line: str) -> None:
         if line not in self.said:
