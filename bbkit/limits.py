@@ -24,9 +24,10 @@ class Limits:
     After the optimiser, with its clipping, momentum, second moments and decay, the parameters are
     moved to the nearest place at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest
     is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update with √v̂ no less than
-    `FLOOR` of its root mean square, else Euclidean, which is said. A step that float16's scaler skips makes none. `note(name, value)` gets, by row, the slope
-    that the optimiser's displacement had, and the one taken; and the share of it that was cut, as
-    `retention/cut` where a row of that name was bounded, else as `step/cut`.
+    `FLOOR` of its root mean square, else Euclidean, which is said. A step that float16's scaler
+    skips makes none. `note(name, value)` gets, by row, the slope that the optimiser's displacement
+    had, and the one taken; and the share of it that was cut, as `retention/cut` where a row of that
+    name was bounded, else as `step/cut`.
     """
 
     def __init__(self, parameters: Iterable[Parameter], note: Callable[[str, float], Any]):

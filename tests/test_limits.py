@@ -127,15 +127,15 @@ def test_a_step_that_the_scaler_skips_moves_nothing(fused):
 
 
 def test_where_hardly_any_gradient_came_rounding_does_not_decide_the_step():
-    """Two processes sum in another order: 1e-7 here or 3e-7 is the same gradient."""
+    """Two processes sum in another order: 1e-5 or 3e-5 of 1 is the same gradient."""
     taken = []
-    for noise in (1e-7, 3e-7):
-        weights = torch.nn.Parameter(torch.zeros(4))
+    for noise in ([1e-5, 3e-5], [3e-5, 1e-5]):
+        weights = torch.nn.Parameter(torch.zeros(5))
         optimizer = torch.optim.Adam([weights], lr=0.1)
         limits = Limits([weights], lambda *_: None)
         limits.watch(optimizer)
-        limits.add("retention", torch.ones(4), 0.0)
-        weights.grad = torch.tensor([-1.0, -1.0, -1.0, noise])
+        limits.add("retention", torch.ones(5), 0.0)
+        weights.grad = torch.tensor([-1.0, -1.0, -1.0, *noise])
         optimizer.step()
         taken.append(weights.detach().clone())
     assert torch.allclose(*taken, rtol=1e-3)
