@@ -79,7 +79,6 @@ class Sft:
     optimizer: Optimizer = "adamw_torch"
     scheduler: Scheduler = "linear"
     loss_type: Literal["nll", "chunked_nll", "dft"] = "nll"
-    asft_alpha: Positive = 0.0
     replay: Annotated[float, (0.0, 0.9)] = 0.0
     averaging: Share = 0.0
     save_steps: Count = 50
@@ -389,10 +388,6 @@ def _consistent(s: Settings) -> Settings:
         (
             g.metric == "step" and g.combination != "dual_cone",
             f"grpo.metric=step is the dual cone's: grpo.combination={g.combination}",
-        ),
-        (
-            sft.asft_alpha and sft.loss_type == "chunked_nll",
-            "sft.asft_alpha needs all logits, which sft.loss_type=chunked_nll does not make",
         ),
         (
             not {*s.retention.stages} <= {"sft", "grpo"},

@@ -76,35 +76,6 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
     }
 
 
-def asft(base: type, alpha: float) -> type:
-    """An SFTTrainer whose loss adds `alpha` × KL(base ‖ policy) on the gold replies.
-
-    With `loss_type="dft"` that is ASFT (arXiv 2509.23753). The base is the model without adapter.
-    """
-    import torch
-
-    class Anchored(base):  # type: ignore[misc, valid-type]
-        """SFT with a KL to the base on the training tokens; see bbkit.sft.asft."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            told = inputs["labels"][:, 1:] != -100
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            bare = self.accelerator.unwrap_model(self.model)
-            with torch.no_grad(), bare.disable_adapter():
-                wanted = bare(**asked, use_cache=False).logits[:, :-1][told].float().log_softmax(-1)
-            ours = outputs.logits[:, :-1][told].float().log_softmax(-1)
-            kl = torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
-            if num_items_in_batch is None:
-                kl = kl / told.sum()
-            else:  # of the whole step, over all processes, as transformers counts them
-                kl = kl / num_items_in_batch * self.accelerator.num_processes
-            loss = loss + alpha * kl
-            return (loss, outputs) if return_outputs else loss
-
-    return Anchored
-
-
 def mixed(
     tokenizer, examples: Sequence[Example], replies: Sequence[Reply], share: float, seed: int
 ) -> list:
@@ -150,8 +121,7 @@ def build(
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
     )
-    trainer = asft(SFTTrainer, section.asft_alpha) if section.asft_alpha else SFTTrainer
-    trainer = retention.around(trainer, settings, "sft", replies)
+    trainer = retention.around(SFTTrainer, settings, "sft", replies)
     data = rows(examples)
     if section.replay:
         data = mixed(tokenizer, examples, replies, section.replay, settings.run.seed)

@@ -47,7 +47,6 @@ TAX: dict[str, tuple[str, ...]] = {
     "averaging": ("sft.averaging=0.5",),
     "slower": ("sft.learning_rate=2e-3",),
     "dft": ("sft.loss_type=dft",),
-    "asft": ("sft.loss_type=dft", "sft.asft_alpha=0.1"),
     "replay": ("sft.replay=0.167",),  # a reply for five rows: as the penalty's weight
     "cone": _kept("cone"),
     "penalty": _kept("penalty"),

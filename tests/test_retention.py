@@ -203,27 +203,6 @@ def test_without_its_hook_a_step_breaks_the_budget(pocket, known, tmp_path, monk
     assert directly(pocket[0], known).item() < 0.5 * away
 
 
-def test_asft_adds_the_kl_on_the_gold_tokens(pocket, tmp_path):
-    model, tokenizer = moved(pocket[0]), pocket[1]
-    examples = questions.ontology("validation")[:4]
-    found = {}
-    for alpha in (0.0, 2.0):
-        words = [f"sft.asft_alpha={alpha}", "sft.loss_type=dft", "sft.batch_size=4"]
-        words += ["sft.micro_batch_size=2", "retention.rule=none"]
-        settings = config.load("pocket", None, words)
-        trainer = sft.build(model, tokenizer, examples, settings, tmp_path)
-        batch = next(iter(trainer.get_train_dataloader()))
-        found[alpha] = trainer.compute_loss(model, dict(batch)).item()
-    known = []
-    for ids, mask, labels in zip(
-        *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True
-    ):
-        told = labels != -100
-        asked = ids[mask.bool() & ~told].tolist()
-        known.append(replies.Reply("", "", "", asked, ids[told].tolist()))
-    assert found[2.0] - found[0.0] == pytest.approx(2 * directly(model, known).item(), rel=1e-3)
-
-
 def test_replayed_replies_are_their_share_of_the_rows(pocket, known):
     examples = questions.ontology("validation")[:16]
     made = sft.mixed(pocket[1], examples, known[:3], 0.2, seed=0)
