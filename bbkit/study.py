@@ -60,6 +60,9 @@ TAX: dict[str, tuple[str, ...]] = {
 KNOBS = {f"penalty_weight_{x}": (*TAX["penalty"], f"retention.weight={x}") for x in (0.05, 1, 5)}
 KNOBS |= {f"step_budget_{x}": (*TAX["step"], f"retention.budget={x}") for x in (0.002, 0.03)}
 KNOBS |= {f"penalty_replies_{n}": (*TAX["penalty"], f"retention.replies={n}") for n in (64, 2048)}
+# Of a real model: prompts of open data, where its preset's are `self`.
+OPEN = "general_instructions,general_instructions/seed_tasks,constraints"
+KNOBS["penalty_open"] = (*_kept("penalty", OPEN), "retention.weight=1")
 ALONE = ("grpo.instruction_share=0.0",)
 ARMS: dict[str, tuple[str, ...]] = {
     # without GRPO, each with an SFT of its own, as all that change its settings or the data

@@ -35,16 +35,22 @@ def models(kept: Mapping[str, Any], regime: str) -> dict[str, tuple[effects.Draw
 
 
 def table(kept: Mapping[str, Any], regime: str) -> str:
-    """Every arm of a regime as Markdown: %, then nats a token, then seconds a step."""
+    """Every arm of a regime as Markdown: %, then nats a token, then seconds a step.
+
+    Of each kind elsewhere: its loss above the base's, and the KL to the base along it.
+    """
     known = models(kept, regime)
-    kinds = elsewhere.by_kind(known["base"][0])["elsewhere"]
-    heads = ["%", "seeds", *SHOWN.values(), *(f"elsewhere: {k}" for k in kinds), "worst"]
-    heads += ["KL elsewhere, worst", *effects.KL.values(), "s a step"]
+    by_kind = elsewhere.by_kind(known["base"][0])
+    kinds = by_kind["elsewhere"]
+    heads = ["%", "seeds", *SHOWN.values(), *(f"{k}: loss, KL" for k in kinds), "worst loss"]
+    heads += ["worst KL", *effects.KL.values(), "s a step"]
     lines = [heads, ["---"] * len(heads)]
     for arm, (drawn, seeds) in known.items():
         told = {name: effects.told(values) for name, values in drawn.items()}
         cells = [report.cell(told.get(name)) for name in SHOWN]
-        cells += [f"{told[name]['value']:.3f}" for name in kinds.values()]
+        for kind in kinds:
+            both = (told[names[kind]]["value"] for names in by_kind.values())
+            cells.append(", ".join(f"{value:.3f}" for value in both))
         cells += [report.nats(told.get(name)) for name in elsewhere.WORST]
         cells += [f"{told[name]['value']:.3f}" if name in told else "" for name in effects.KL]
         lines.append([arm, str(seeds), *cells, _seconds(kept, arm)])
