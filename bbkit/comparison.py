@@ -29,6 +29,7 @@ NATS = {"elsewhere": "elsewhere (nats)"}  # the worst kind of bbkit.elsewhere
 EQUAL_KL = {"equal_kl": "general, at equal KL"}  # known of differences between arms alone
 MARGIN = 0.02  # a difference that does not matter
 NEAR = (0.9, 1.1)  # a ratio that does not matter
+JUDGED = ("compared", "effect", "seeds", "verdict")  # columns of a ledger
 
 
 def table(kept: Mapping[str, Any]) -> str:
@@ -40,8 +41,7 @@ def table(kept: Mapping[str, Any]) -> str:
         shown[measure] = head
         if measure == "general" and any(set(NATS) <= set(known) for known in found.values()):
             shown |= NATS
-    lines = [["%", "seeds", *shown.values(), *effects.KL.values(), "noise to signal / grpo"]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for arm, known in found.items():
         cells = []
         for measure in shown:
@@ -50,7 +50,8 @@ def table(kept: Mapping[str, Any]) -> str:
         cells += [f"{known[k][0]:.3f}" if k in known else "" for k in effects.KL]
         noise = effects.noise_ratio(kept, arm) if arm not in ("base", "sft") else None
         lines.append([arm, str(len(models[arm])), *cells, ratio_cell(noise)])
-    return markdown(lines)
+    heads = ["%", "seeds", *shown.values(), *effects.KL.values(), "noise to signal / grpo"]
+    return report.markdown(heads, lines)
 
 
 def sources(kept: Mapping[str, Any]) -> str:
@@ -63,18 +64,17 @@ def sources(kept: Mapping[str, Any]) -> str:
     if not asked:
         return ""
     heads = [m.replace("domain_lenient on", "leniently:").replace("domain on ", "") for m in asked]
-    lines = [["%", *(h.replace("_", " ") for h in heads)], ["---"] * (len(asked) + 1)]
-    for arm, found in known.items():
-        lines.append([arm, *(report.cell(effects.told(found[m])) for m in asked)])
-    return markdown(lines)
+    lines = [
+        [arm, *(report.cell(effects.told(found[m])) for m in asked)] for arm, found in known.items()
+    ]
+    return report.markdown(["%", *(h.replace("_", " ") for h in heads)], lines)
 
 
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
     found = effects.arms(kept)
     per_nat, shown = effects.slope(found), SHOWN | EQUAL_KL
-    lines = [[f"points, minus {first}", "seeds", *shown.values()]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for arm in found:
         known, seeds = _change(found, first, arm, per_nat) if arm != first else ({}, 0)
         if seeds:
@@ -82,7 +82,7 @@ def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
                 report.change_cell(effects.told(known[m])) if m in known else "" for m in shown
             ]
             lines.append([arm, str(seeds), *cells])
-    return markdown(lines)
+    return report.markdown([f"points, minus {first}", "seeds", *shown.values()], lines)
 
 
 def _change(
@@ -93,10 +93,6 @@ def _change(
     if {"general", "kl_instruction"} <= set(known):
         known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
     return known, seeds
-
-
-def markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
@@ -201,7 +197,7 @@ HYPOTHESES = (
 
 def claims(kept: Mapping[str, Any]) -> str:
     """The ledger as Markdown: each claim, what was compared, effect, seeds, verdict by the rule."""
-    lines = judged_rows(kept, "claim", CLAIMS)
+    lines = judged_rows(kept, CLAIMS)
     for claim, compared, ratio in (
         ("capability-aware GRPO has less gradient variance", "noise to signal: full / grpo",
          effects.noise_ratio(kept, "full")),
@@ -210,7 +206,7 @@ def claims(kept: Mapping[str, Any]) -> str:
     ):  # fmt: skip
         n = str(ratio["n"]) if ratio else ""
         lines.append([claim, compared, ratio_cell(ratio), n, verdict(ratio, -1, 1.0)])
-    return markdown(lines)
+    return report.markdown(["claim", *JUDGED], lines)
 
 
 def attempted(kept: Mapping[str, Any], ledger: Callable[[Mapping], str] = claims) -> str:
@@ -233,11 +229,11 @@ def later(kept: Mapping[str, Any]) -> str:
 
 def hypotheses(kept: Mapping[str, Any]) -> str:
     """HYPOTHESES as Markdown, with the verdicts of the same rule."""
-    return markdown(judged_rows(kept, "hypothesis", HYPOTHESES))
+    return report.markdown(["hypothesis", *JUDGED], judged_rows(kept, HYPOTHESES))
 
 
-def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> list[list[str]]:
-    """A head and a line a row: what is said, compared, its effect, seeds, verdict by the rule."""
+def judged_rows(kept: Mapping[str, Any], rows: Iterable[tuple]) -> list[list[str]]:
+    """What is said, and JUDGED: what was compared, its effect, seeds, verdict by the rule."""
     found = effects.arms(kept)
     per_nat = effects.slope(found)
 
@@ -245,7 +241,7 @@ def judged_rows(kept: Mapping[str, Any], head: str, rows: Iterable[tuple]) -> li
         known, seeds = _change(found, before, after, per_nat)
         return (effects.told(known[name]), seeds) if name in known else (None, 0)
 
-    lines = [[head, "compared", "effect", "seeds", "verdict"], ["---"] * 5]
+    lines = []
     for said, before, after, name, sign in rows:
         seen, seeds = effect(before, after, name)
         judged = verdict(seen, sign) if sign else not_lower(seen)

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -60,12 +60,11 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
     names += sorted(others - set(names))
     head = ["measure (%)", "n", *(STAGES[s] for s in stages)]
     head += [f"{STAGES[b]} − {STAGES[a]} (points)" for a, b in steps]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for name in names:
         cells = [NAMES.get(name, name), count_of(results, name)]
         cells += [cell(results[s].get(name)) for s in stages]
-        cells += [_change(results, a, b, name) for a, b in steps]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append([*cells, *(_change(results, a, b, name) for a, b in steps)])
     notes = ["Held-out prompts only; brackets are 95 % intervals, bold changes exclude 0."]
     known = [(BASELINES[k], v) for k, v in results.get("baseline", {}).items() if k in BASELINES]
     if known:
@@ -88,8 +87,8 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
                 notes.append(
                     f"Alignment tax after {STAGES[stage]}, {NAMES[name]}: {lost:.1f} points."
                 )
-    table, said = "\n".join(lines), "\n".join(f"- {note}" for note in notes)
-    return [table, said, *_elsewhere(results, [s for s in stages if s != "base"])]
+    said = "\n".join(f"- {note}" for note in notes)
+    return [markdown(head, lines), said, *_elsewhere(results, [s for s in stages if s != "base"])]
 
 
 def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
@@ -101,12 +100,12 @@ def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
     columns = [(s, measure) for s in stages for measure in elsewhere.WORST]
     marks = {"elsewhere": "loss", "elsewhere_kl": "KL(base ‖ model)"}
     head = ["text", "n", *(f"{STAGES[s]}: {marks[measure]}" for s, measure in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for kind, name in told[stages[0]]["elsewhere"].items():
         cells = [nats(results[s].get(told[s][measure].get(kind))) for s, measure in columns]
-        lines.append("| " + " | ".join([kind, count_of(results, name), *cells]) + " |")
+        lines.append([kind, count_of(results, name), *cells])
     cells = [f"{results[s][m]['kind']} {nats(results[s][m])}" for s, m in columns]
-    lines.append("| " + " | ".join(["**worst**", "", *cells]) + " |")
+    lines.append(["**worst**", "", *cells])
     worst = results[stages[-1]]["elsewhere"]
     note = (
         f"Texts that no reward looks at, and no reply of retention. After {STAGES[stages[-1]]} the "
@@ -114,7 +113,7 @@ def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
         f"{math.exp(worst['value']):.2f} times its perplexity. *No tax* means both: instructions "
         "followed as by the base, and nothing lost here."
     )
-    return ["**Elsewhere: loss above the base's, nats a token**", "\n".join(lines), note]
+    return ["**Elsewhere: loss above the base's, nats a token**", markdown(head, lines), note]
 
 
 def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[str]:
@@ -166,6 +165,16 @@ def change_cell(measure: Mapping[str, Any] | None, sign: int = 1) -> str:
     low, high = sorted((low, high))
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table of text as Markdown.
+
+    >>> markdown(["arm", "%"], [["sft", "55.7"]])
+    '| arm | % |\n| --- | --- |\n| sft | 55.7 |'
+    """
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(measure: Mapping[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bbkit import plots, scoreplots, statistics
 from bbkit.files import write_bytes
-from bbkit.report import cell, change_cell
+from bbkit.report import cell, change_cell, markdown
 from bbkit.scoreplots import MARKS, main_measure
 
 DRAWS = 2000  # resamples of the bootstrap
@@ -164,11 +164,9 @@ def write(folder: Path, found: Mapping[str, Any], manifest: Mapping[str, Any]) -
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    lines = [
-        "| model | task | protocol | accuracy or prompt strict (%) | macro | parsed | where parsed "
-        "| n | prompts | seconds per 1,000 |",
-        "|" + "---|" * 10,
-    ]
+    head = ["model", "task", "protocol", "accuracy or prompt strict (%)", "macro", "parsed"]
+    head += ["where parsed", "n", "prompts", "seconds per 1,000"]
+    lines = []
     for model in MARKS:
         for place, some in found.get(model, {}).items():
             task, protocol = place.split("/")
@@ -176,11 +174,11 @@ def _table(found: Mapping[str, Any]) -> str:
             rate = f"{1000 * some['seconds'] / whole['n']:,.0f}" if some["seconds"] else ""
             middle = [cell(some.get(name)) for name in ("macro", "parsed", "accuracy_parsed")]
             cells = [model, task, protocol, cell(whole), *middle, str(whole["n"])]
-            lines.append("| " + " | ".join([*cells, f"`{some['prompt']}`", rate]) + " |")
+            lines.append([*cells, f"`{some['prompt']}`", rate])
             if task == "ifeval":
                 names = (*FOUR[1:], "answer_strict")
                 rest = ", ".join(f"{n.replace('_', ' ')} {cell(some[n])}" for n in names)
-                lines.append(f"| | | | {rest} | | | | | | |")
+                lines.append(["", "", "", rest, *[""] * 6])
     cut = {f"{m} {p}": s["cut"] for m in MARKS for p, s in found.get(m, {}).items() if s["cut"]}
     kls = {p: s["kl"] for p, s in found.get("tuned", {}).items() if "kl" in s}
     notes = "".join(
@@ -196,16 +194,13 @@ def _table(found: Mapping[str, Any]) -> str:
         "not be read counts as wrong. `answer strict` reads a reply in the kit's grammar by its "
         "answer: the tags alone fail strict IFEval."
     )
-    return "\n".join(lines) + f"\n\n{reading}{notes}"
+    return f"{markdown(head, lines)}\n\n{reading}{notes}"
 
 
 def _differences(found: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        "| task | protocol | change (points) | gained | lost | McNemar p | after Holm |",
-        "|" + "---|" * 7,
-    ]
+    head = ["task", "protocol", "change (points)", "gained", "lost", "McNemar p", "after Holm"]
+    lines = []
     for place, row in found.items():
         cells = [*place.split("/"), change_cell(row), str(row["gained"]), str(row["lost"])]
-        cells += [f"{row['p']:.3g}", f"{row['p_holm']:.3g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{row['p']:.3g}", f"{row['p_holm']:.3g}"])
+    return markdown(head, lines)

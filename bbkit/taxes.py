@@ -44,7 +44,7 @@ def table(kept: Mapping[str, Any], regime: str) -> str:
     kinds = by_kind["elsewhere"]
     heads = ["%", "seeds", *SHOWN.values(), *(f"{k}: loss, KL" for k in kinds), "worst loss"]
     heads += ["worst KL", *effects.KL.values(), "s a step"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for arm, (drawn, seeds) in known.items():
         told = {name: effects.told(values) for name, values in drawn.items()}
         cells = [report.cell(told.get(name)) for name in SHOWN]
@@ -54,7 +54,7 @@ def table(kept: Mapping[str, Any], regime: str) -> str:
         cells += [report.nats(told.get(name)) for name in elsewhere.WORST]
         cells += [f"{told[name]['value']:.3f}" if name in told else "" for name in effects.KL]
         lines.append([arm, str(seeds), *cells, _seconds(kept, arm)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return report.markdown(heads, lines)
 
 
 def _seconds(kept: Mapping[str, Any], arm: str) -> str:
