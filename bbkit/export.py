@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, data, files, report
+from bbkit import config, data, files, record, report
 from bbkit.errors import InputError, exit_code
 
 ASKED = "Name one cause of fever."  # the prompt on which the merged model is held to the adapter
@@ -40,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     from bbkit import train
 
-    manifest = files.read_json(args.run / "run.json")
-    if not isinstance(manifest, dict) or "settings" not in manifest:
-        raise InputError(f"{args.run / 'run.json'}: not the manifest of a run of this kit")
+    manifest = record.manifest_of(args.run)
     out = args.out or args.run / "export"
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: not empty; use another --out, or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: not an empty folder; use another --out, or remove it")
     settings = config.from_dict(manifest["settings"], str(args.run))
     train.go_private(args.offline or settings.model.name == "pocket")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -32,10 +32,10 @@ PROCESS = {"cpu": 0.75e9, "cuda": 0.6e9}  # Python with its libraries; a CUDA co
 LOGIT = {"cpu": 28, "cuda": 16}
 # Dimensions as published on the Hub, for a plan without it: config.json of each model.
 PUBLISHED = {
-    "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936, True),
-    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151936, True),
-    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 30, 9, 3, 1536, 49152, True),
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 24, 14, 2, 4864, 151936, True, 32768),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 28, 12, 2, 8960, 151936, True, 32768),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False, 32768),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 30, 9, 3, 1536, 49152, True, 8192),
 }
 FIELDS = (
     "hidden_size",
@@ -45,6 +45,7 @@ FIELDS = (
     "intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
+    "max_position_embeddings",
 )
 
 
@@ -74,12 +75,14 @@ def measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple
 
         folder, options = hub.source(path)
         config = AutoConfig.from_pretrained(folder, **options)
-        room = getattr(config, "max_position_embeddings", None) or settings.max_length
-        if settings.max_length > room:
-            raise InputError(
-                f"model.max_length {settings.max_length}: the model has room for {room}"
-            )
         return config, sizes(config, settings, dtype)
+
+
+def check_length(config: Any, settings: ModelSettings) -> None:
+    """InputError where a sequence may be longer than the model has positions."""
+    room = getattr(config, "max_position_embeddings", None) or settings.max_length
+    if settings.max_length > room:
+        raise InputError(f"model.max_length {settings.max_length}: the model has room for {room}")
 
 
 def sizes(config: Any, settings: ModelSettings, dtype: torch.dtype) -> dict[str, int]:
@@ -129,6 +132,7 @@ def plan(
         known = dict(zip(FIELDS, PUBLISHED[model.name], strict=True))
         config = AutoConfig.for_model(family, **known)
         found = sizes(config, model, dtype)
+    check_length(config, model)
     lora, layers, hidden = found["lora_parameters"], config.num_hidden_layers, config.hidden_size
     # Kept for the backward pass, per token and layer: the inputs of the two norms, of the linear
     # maps with LoRA (that of q, k, v is one), q, k, v, and four widths of the feed-forward part.

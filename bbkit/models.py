@@ -39,6 +39,7 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     backend = choose_backend(settings, say)  # first of all: it may import unsloth
     dtype, device = choose_dtype(settings, say)
     config, sizes = memory.measure(settings, dtype, offline)
+    memory.check_length(config, settings)
     memory.check(settings, sizes, device, say)
     path = hub.locate(settings.name, settings.revision, offline)
     with hub.reading(settings.name):

@@ -54,11 +54,12 @@ def resolve_resume(resume: str, out: Path) -> Path | None:
 def _begun(folder: Path) -> bool:
     """Whether a folder holds a run that got anywhere; one that failed at once may be replaced."""
     metrics = folder / "metrics.jsonl"
-    started = (folder / "run.json").exists() and bool(_manifest(folder)["stages"])
+    started = (folder / "run.json").exists() and bool(manifest_of(folder)["stages"])
     return started or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder; InputError where it is none."""
     manifest = read_json(folder / "run.json")
     kinds = {"settings": dict, "stages": dict, "sessions": list, "versions": dict}
     whole = isinstance(manifest, dict)
@@ -167,7 +168,7 @@ class Run:
             self.manifest: dict[str, Any] = {"status": "running", **session, "stages": {}}
             self.manifest |= {"sessions": [session], "settings": plain(settings), **machine()}
         else:
-            self.manifest = _manifest(folder)
+            self.manifest = manifest_of(folder)
             if change := first_difference(self.manifest["versions"], machine()["versions"]):
                 print(f"note: {change}: the resumed run may differ from an uninterrupted one")
             self._same("settings", settings)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bbkit import config, elsewhere, health
+from bbkit import config, elsewhere, health, record
 from bbkit.errors import InputError, exit_code
 from bbkit.files import read_json, read_rows, write_bytes
 from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
@@ -28,7 +28,7 @@ def write(folder: Path) -> Path:
     """
     try:
         return _write(folder)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         said = f"its files are not those of a run of this kit ({type(error).__name__}: {error})"
         raise InputError(f"{folder}: {said}") from error
 
@@ -273,8 +273,8 @@ def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
     for folder in folders:
         if not (folder / "run.json").exists():
             raise InputError(f"{folder}: no run.json; name the folders of finished runs")
-        settings = config.leaves(read_json(folder / "run.json")["settings"])
-        settings.pop("run.seed")
+        settings = config.leaves(record.manifest_of(folder)["settings"])
+        settings.pop("run.seed", None)
         first = first or settings
         for key in (k for k in settings if settings[k] != first.get(k)):
             raise InputError(f"{folder}: {key} differs from {folders[0]}; pool seeds of one set-up")

@@ -66,6 +66,8 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     overrides = list(args.set) + ([f"run.seed={args.seed}"] if args.seed is not None else [])
     settings = config.load(preset, args.config, overrides)
     go_private(args.offline or settings.model.name == "pocket")
+    if args.card and not args.dry_run:
+        raise InputError("--card says what a dry run plans for; add --dry-run")
     if args.dry_run:
         from bbkit import dry_run
 

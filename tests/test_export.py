@@ -67,7 +67,9 @@ def test_nothing_is_overwritten_or_left_half_done(run, tmp_path, capsys, monkeyp
     out.mkdir()
     (out / "mine").write_text("x")
     assert export.main(["export", str(run), "--out", str(out)]) == 2
-    assert "not empty" in capsys.readouterr().err and (out / "mine").read_text() == "x"
+    assert export.main(["export", str(run), "--out", str(out / "mine")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("not an empty folder") == 2 and (out / "mine").read_text() == "x"
     monkeypatch.setattr(adapters, "merge", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
         export.main(["export", str(run), "--out", str(tmp_path / "other")])

@@ -120,7 +120,7 @@ def test_the_plan_is_near_what_others_publish(tokens, published, monkeypatch):
 
     github.com/hiyouga/LLaMA-Factory/wiki/Performance-comparison, "4 bit, all modules".
     """
-    llama2 = (4096, 32, 32, 32, 11008, 32000, False)
+    llama2 = (4096, 32, 32, 32, 11008, 32000, False, 16384)  # positions: as far as they went
     monkeypatch.setitem(memory.PUBLISHED, "meta-llama/Llama-2-7b-hf", llama2)
     asked = {
         "model.name": "meta-llama/Llama-2-7b-hf", "model.max_length": tokens, "model.lora_rank": 8,
@@ -166,6 +166,14 @@ def test_sft_of_qwen_7b_takes_what_unsloth_publishes():
     )
     found = memory.plan(settings, torch.float16, "cuda", offline=True)["sft"]
     assert found["peak"] - found["process"] == pytest.approx(7.893 * 2**30, rel=0.1)
+
+
+def test_a_plan_refuses_what_the_run_would(capsys):
+    options = ["--preset", "t4", "--offline", "--card", "16", "--set", "model.max_length=40000"]
+    assert train.main([*options, "--dry-run"]) == 2
+    assert "model.max_length 40000: the model has room for 32768" in capsys.readouterr().err
+    assert train.main(["--preset", "pocket", "--card", "16"]) == 2
+    assert "add --dry-run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("preset", "card"), [("t4", 16), ("24gb", 24), ("paper", 24)])

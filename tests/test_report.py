@@ -53,6 +53,14 @@ def test_command_prints_one_table_or_says_what_does_not_fit(tmp_path, capsys):
     changed = run(tmp_path / "c", 2, 5, steps=7)
     assert report.main([str(runs[0]), str(changed)]) == 2
     assert "sft.steps differs from" in capsys.readouterr().err
+    (changed / "run.json").write_text('{"settings": {}}')
+    assert report.main([str(runs[0]), str(changed)]) == 2
+    assert "not the manifest of a run" in capsys.readouterr().err
+    (runs[1] / "metrics.jsonl").write_text(
+        json.dumps({"stage": "grpo", "step": 1, "reward/domain": 10**400}) + "\n"
+    )
+    assert report.main([str(runs[1])]) == 2
+    assert "not those of a run" in capsys.readouterr().err
     assert report.main([str(tmp_path / "none")]) == 2
     with pytest.raises(InputError, match=r"no run\.json"):
         report.pooled([tmp_path / "none"])
