@@ -63,8 +63,14 @@ def capability_aware(
     function, since unsloth replaces the trainer's class on import: import it before the trainer.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
     """
-    if metric not in METRICS:
-        raise InputError(f"metric {metric!r}: use one of {', '.join(METRICS)}")
+    for what, name, known in (
+        ("advantages", advantages, weighting.SCHEMES),
+        ("controller", controller, weighting.CONTROLLERS),
+        ("combination", combination, gradients.COMBINATIONS),
+        ("metric", metric, METRICS),
+    ):
+        if name not in known:
+            raise InputError(f"{what} {name!r}: use one of {', '.join(known)}")
     if metric == "step" and combination != "dual_cone":
         raise InputError(f"metric step: is the dual cone's, not {combination}'s; set dual_cone")
 

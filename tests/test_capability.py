@@ -234,8 +234,9 @@ def test_an_infinite_reward_is_named(build):
 
 
 def test_unknown_names_and_losses_without_a_capability(build):
-    with pytest.raises(InputError, match="metric 'adm': use one of euclidean, adam"):
-        capability_aware(GRPOTrainer, metric="adm")
+    for what in ("advantages", "controller", "combination", "metric"):
+        with pytest.raises(InputError, match=f"{what} 'adm': use one of "):
+            capability_aware(GRPOTrainer, **{what: "adm"})
     with pytest.raises(InputError, match="entropy bonus"):
         build(arguments={"entropy_coef": 0.01})
 
