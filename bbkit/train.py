@@ -179,13 +179,14 @@ def execute(
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
+    ifeval = []
+    if most := settings.evaluation.ifeval:
+        changed = settings.data.allow_changed
+        ifeval = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     model, tokenizer = models.load(settings.model, offline=offline)
     names = sorted({*settings.data.sft, *settings.data.grpo})
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
-    ifeval = []
-    if settings.evaluation.ifeval:
-        ifeval = data.load("ifeval", "test", data_dir)[: settings.evaluation.ifeval]
     if "evaluate" in stages:
         rows = {**rows, "elsewhere": elsewhere.texts(settings, data_dir)}
 

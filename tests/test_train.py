@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import config, data, files, prompts, study, train
+from bbkit import config, data, files, models, prompts, study, train
+from bbkit.errors import InputError
 from bbkit.files import read_rows
 
 SMALL = [
@@ -79,6 +80,21 @@ def test_help_is_quick_and_imports_no_torch():
         "import sys, bbkit.train as t\nt.parser().format_help()\nassert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_ifeval_is_read_before_the_model_and_as_the_settings_say(tmp_path, capsys, monkeypatch):
+    whole = data.load
+
+    def load(card, *args, **options):
+        if card == "ifeval":
+            raise InputError(f"ifeval {options}")
+        return whole(card, *args, **options)
+
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model came first"))
+    words = ["--set", "evaluation.ifeval=2", "--set", "data.allow_changed=true"]
+    assert train.main(["--preset", "pocket", *words, "--out", str(tmp_path / "run")]) == 2
+    assert "'allow_changed': True" in capsys.readouterr().err
 
 
 def test_a_run_leaves_the_folder_of_the_contract(whole):
