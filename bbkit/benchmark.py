@@ -279,7 +279,8 @@ def peak_apart(args: argparse.Namespace, options: Sequence[str]) -> int:
     command += [f"--set={item}" for item in args.set]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     if done.returncode:
-        raise CannotRun(f"benchmark: {options}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip() or f"ended by signal {-done.returncode}; too little memory?"
+        raise CannotRun(f"benchmark: {options}: {said.splitlines()[-1]}")
     return int(done.stdout.strip().splitlines()[-1])
 
 

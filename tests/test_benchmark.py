@@ -1,11 +1,13 @@
 """The benchmark's figures are of the right things; how large they are is not tested."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
 from bbkit import benchmark, limits, retention, retention_cost
+from bbkit.errors import CannotRun
 
 SMALL = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
 
@@ -116,3 +118,10 @@ def test_a_step_that_leaves_its_rule_out_is_refused(rule, capsys, monkeypatch):
 def test_bad_input_is_one_line(arguments, code, capsys):
     assert benchmark.main([*SMALL, *arguments]) == code
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_process_killed_for_memory_is_one_line(monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(CannotRun, match="ended by signal 9"):
+        benchmark.peak_apart(benchmark.parser().parse_args([]), ["--peak", "plain"])
