@@ -34,7 +34,7 @@ RECORDED = {
     ),
     "smollm2-cpu": Pace(
         1490 / (96 * 8), 1890 / (16 * 32), 1530 / (2155 * 128 + 541 * 256), 800,
-        "one core that computes in bfloat16", (1.32, 1.04),
+        "one core that computes in bfloat16", (1.60, 1.08),
     ),
 }  # fmt: skip
 STAGES = ("sft", "grpo", "evaluate")

@@ -253,6 +253,9 @@ def test_the_page_of_both_regimes_shows_its_record(monkeypatch):
     page = (RECORDED.parent / "README.md").read_text(encoding="utf-8")
     kept = recorded.read(RECORDED.parent / "retention.json")
     assert comparison.filled(page, kept, "retention") == page
+    real = recorded.read(RECORDED.parent / "retention_smollm2.json")
+    assert comparison.filled(page, real, "retention_smollm2") == page
+    assert "<!-- retention_smollm2 tax sft -->" in page
     drawn = effects.draws  # what follows looks at no interval
     monkeypatch.setattr(effects, "draws", lambda runs, count=9: drawn(runs, min(count, 9)))
     arms = effects.arms(kept)
