@@ -127,19 +127,25 @@ def average_with_base(model: PeftModel, share: float) -> None:
 
 
 def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in."""
+    """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in.
+
+    On the CPU whatever the model's device, map by map: a card has no room for all of it unpacked.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tuned = {p: m for p, m in base.named_modules() if hasattr(m, "get_delta_weight")}
     weights: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}  # of weights that have two places
     for path, module in base.named_modules():
         place = path.removesuffix(".base_layer")
-        for key, value in module.named_parameters(recurse=False):
-            if ".lora_" not in path:
-                weights[f"{place}.{key}"] = _unpacked(value).detach().to(dtype, copy=True)
-    for path, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            weights[f"{path}.weight"] += module.get_delta_weight("default").detach()
+        for key, value in module.named_parameters(recurse=False) if ".lora_" not in path else ():
+            if id(value) not in copies:
+                whole = _unpacked(value).detach()
+                if key == "weight" and place != path:
+                    whole = whole.float() + tuned[place].get_delta_weight("default").detach()
+                copies[id(value)] = whole.to("cpu", dtype, copy=True)
+            weights[f"{place}.{key}"] = copies[id(value)]
     with reading("to merge"):
-        return rebuild(base, weights, dtype, base.device)
+        return rebuild(base, weights, dtype, torch.device("cpu"))
 
 
 def unsloth_lora_arguments(settings: ModelSettings, lora: LoraConfig, seed: int) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, files, record
+from bbkit import config, files, gpu, record
 from bbkit.errors import CannotRun, InputError, exit_code
 from bbkit.variants import VARIANTS
 
@@ -103,15 +102,12 @@ def backward_ratios(
 
     One micro-batch of random tokens; the terms are mean log-likelihoods of the second half.
     """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(sequences, capabilities, generator=generator)
-    ids = torch.randint(model.config.vocab_size, (sequences, tokens), generator=generator)
+    ids, weights = _batch(model, sequences, tokens, capabilities)
     seconds: dict[str, list[tuple[float, float]]] = {v: [] for v in VARIANTS}
     for turn in range(rounds + 1):
         for variant in random.Random(turn).sample(sorted(VARIANTS), len(VARIANTS)):
-            times = VARIANTS[variant](model, ids, weights)
+            with _autocast(model):
+                times = VARIANTS[variant](model, ids, weights)
             if turn:  # the first round warms up
                 seconds[variant].append(times)
     return {
@@ -121,6 +117,27 @@ def backward_ratios(
         }
         for variant, times in seconds.items()
     }
+
+
+def _batch(model, sequences: int, tokens: int, capabilities: int):
+    """Random tokens and the weight of each sequence in each capability, on the model's device."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (sequences, tokens), generator=draw)
+    weights = torch.randn(sequences, capabilities, generator=draw)
+    return ids.to(model.device), weights.to(model.device)
+
+
+def _autocast(model):
+    """What a real run computes in: 16 bit by autocast where the kit's trainers would."""
+    import torch
+
+    from bbkit.sft import precision
+
+    on = precision(model)
+    dtype = torch.bfloat16 if on["bf16"] else torch.float16
+    return torch.autocast(model.device.type, dtype, enabled=on["bf16"] or on["fp16"])
 
 
 def ratio(some: Sequence[float], plain: Sequence[float]) -> float:
@@ -145,9 +162,9 @@ def step_ratios(
         """Counts the seconds that sampling and scoring take."""
 
         def _generate_and_score_completions(self, inputs):
-            start = time.perf_counter()
+            start = gpu.now()
             found = super()._generate_and_score_completions(inputs)
-            self.sampling = time.perf_counter() - start
+            self.sampling = gpu.now() - start
             return found
 
     made: dict[str, Any] = {"plain": Timed, "one_pass": capability_aware(Timed)}
@@ -178,6 +195,7 @@ def _trainer(made, model, tokenizer, capabilities: int, args: argparse.Namespace
 
     from bbkit import prompts, questions
     from bbkit.adapters import keep_float32
+    from bbkit.sft import precision
 
     def reward(word: str):
         def share(completions, **_):
@@ -189,12 +207,11 @@ def _trainer(made, model, tokenizer, capabilities: int, args: argparse.Namespace
 
     rewards = [reward(WORDS[k % len(WORDS)]) for k in range(capabilities)]
     passes = args.prompts * args.generations // args.sequences
-    on_gpu = next(model.parameters()).is_cuda
     arguments = GRPOConfig(
         output_dir=folder, max_steps=1, per_device_train_batch_size=args.sequences,
         num_generations=args.generations, max_completion_length=args.tokens // 2,
         gradient_accumulation_steps=passes, steps_per_generation=passes,
-        use_cpu=not on_gpu, bf16=False, report_to="none", beta=0.0, loss_type="dapo",
+        **precision(model), report_to="none", beta=0.0, loss_type="dapo",
         gradient_checkpointing=False, learning_rate=1e-6,
     )  # fmt: skip
     asked = questions.ontology("train")
@@ -221,14 +238,14 @@ def step(trainer) -> float:
     import torch
 
     trainer._metrics["train"].clear()
-    start = time.perf_counter()
+    start = gpu.now()
     for i, batch in enumerate(trainer.batches, 1):
         trainer.accelerator.gradient_state._set_sync_gradients(i == len(trainer.batches))
         trainer.training_step(trainer.model, batch, None)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.model.zero_grad()
-    return time.perf_counter() - start
+    return gpu.now() - start
 
 
 def _settings(args: argparse.Namespace, rank: int):
@@ -245,26 +262,19 @@ def lora_model(settings):
 
 def _peak(args: argparse.Namespace) -> int:
     """Most bytes in use while one variant runs once."""
-    import torch
-
     model, _ = lora_model(_settings(args, args.rank[0]))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (args.sequences, args.tokens), generator=generator)
-    weights = torch.randn(args.sequences, args.capabilities[0], generator=generator)
-    return peak_of(lambda: VARIANTS[args.peak](model, ids, weights))
+    ids, weights = _batch(model, args.sequences, args.tokens, args.capabilities[0])
+    with _autocast(model):
+        return peak_of(lambda: VARIANTS[args.peak](model, ids, weights))
 
 
 def peak_of(run: Callable[[], Any]) -> int:
-    """Most bytes in use while it runs: on CUDA allocated, else resident in this process."""
-    import torch
+    """Most bytes in use while it runs (bbkit.memory.peak_bytes)."""
+    from bbkit import memory
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    record.forget_peak()  # of what was loaded before
+    memory.forget_peak()  # of what was loaded before
     run()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return record.peak_bytes()
+    return memory.peak_bytes()
 
 
 def _variant_peak(args: argparse.Namespace, rank: int, capabilities: int, variant: str) -> int:

@@ -19,12 +19,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from bbkit import adapters, files, health, processes, record
+from bbkit import adapters, files, health, memory, processes, record
 from bbkit.config import Settings
 from bbkit.errors import InputError, Unhealthy
 
 # TRL counts tokens from 0 again after a resume; a step tells more than an epoch.
 LEFT_OUT = ("epoch", "num_tokens")
+SKIPPED = 20  # a scale of 65,536, halved so often, is 1/16
 
 
 class Recorder(TrainerCallback):
@@ -33,12 +34,15 @@ class Recorder(TrainerCallback):
     SIGINT and SIGTERM end training with a checkpoint of the last whole step; `train` then raises
     KeyboardInterrupt. The step in hand is given up, since it may take minutes; several processes
     end it, since none may leave the others alone in it. A loss or gradient that is not finite
-    raises Unhealthy.
+    raises Unhealthy; float16 alone finds the scale of its loss by gradients that overflow, in steps
+    that are skipped, and raises it after SKIPPED of them in a row.
     """
 
     def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
         self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
         self.stop, self.seconds, self.saved = False, 0.0, time.monotonic()
+        self.peak_gib = 0.0
+        self.skipped = 0  # steps in a row that float16's scaler has left out
         self.midway = False  # in a step, of which nothing has reached the weights yet
         self.whole: Callable[[], None] | None = None  # brings back the end of the last step
         self.rows: list[dict[str, Any]] = []
@@ -62,6 +66,7 @@ class Recorder(TrainerCallback):
         kept = files.read_rows(self.run.folder / "metrics.jsonl")
         self.rows = [row for row in kept if row["stage"] == self.stage]
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        memory.forget_peak()
         began = time.perf_counter()
         try:
             bar = tqdm(total=self.steps, initial=start, desc=self.stage, file=sys.stdout)
@@ -77,7 +82,7 @@ class Recorder(TrainerCallback):
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-        self.seconds = time.perf_counter() - began
+        self.seconds, self.peak_gib = time.perf_counter() - began, memory.peak_gib()
         if self.stop:
             raise KeyboardInterrupt
 
@@ -107,6 +112,14 @@ class Recorder(TrainerCallback):
         self.whole = _as_now(self.trainer)
         minutes = self.settings.run.save_minutes
         due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes
+        accelerator = self.trainer.accelerator
+        out = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
+        self.skipped = self.skipped + 1 if out else 0
+        if self.skipped >= SKIPPED:
+            raise Unhealthy(
+                f"{self.stage} step {state.global_step}: float16 has overflowed in {SKIPPED} steps "
+                f"in a row; lower {self.stage}.learning_rate, or set model.dtype: float32"
+            )
         self.stop, due = processes.in_any(self.stop, due)
         if self.stop:
             control.should_training_stop = True
@@ -125,6 +138,9 @@ class Recorder(TrainerCallback):
         logs = logs or {}
         if "loss" not in logs:
             return  # the summary at the end of training
+        if self.skipped:
+            logs = {k: v for k, v in logs.items() if k == "loss" or math.isfinite(float(v))}
+            logs["skipped"] = self.skipped
         for key in ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(key, 0.0))):
                 raise Unhealthy(

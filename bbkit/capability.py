@@ -6,6 +6,7 @@ keeps the capabilities from hurting one another. Raw rewards are logged unweight
 coefficients beside them. The paper gives no formulas: this is our reading (README, ledger).
 """
 
+import random
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -221,8 +222,16 @@ def capability_aware(
             if metric == "adam":
                 inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
             gramian = gradients.gramian(rows[:kinds], inverse)
-            with torch.random.fork_rng(devices=[]):  # PCGrad draws an order, the same on every rank
-                torch.manual_seed(self.args.seed + self.state.global_step)
+            if scaler and not gramian.isfinite().all():  # overflowed: the scaler leaves it out
+                capture.put(torch.ones(len(capture)))
+                capture.clear()
+                self.micro_batches = []
+                return
+            # PCGrad draws an order, the same on every rank, and the CPU draws it: torch.manual_seed
+            # would begin each GPU's numbers anew too, from which the completions are drawn.
+            with torch.random.fork_rng(devices=[]):
+                name = f"combination/{self.args.seed}/{self.state.global_step}"
+                torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
                 method = "sum" if metric == "step" else combination
                 found = gradients.combine(gramian, method, self.controller.weights)
             coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1

@@ -42,6 +42,7 @@ class Model:
     revision: str = ""
     quantization: Literal["nf4", "none"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "transformers", "unsloth"] = "auto"
     max_length: Count = 512
     lora_rank: Count = 16
@@ -224,8 +225,10 @@ def choose_preset() -> tuple[str, str]:
         return "pocket", "PyTorch is not installed"
     import torch
 
-    if not torch.cuda.is_available():
-        return "pocket", "no CUDA GPU is visible"
+    from bbkit import gpu
+
+    if why := gpu.obstacle():
+        return "pocket", why
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     seen = f"{torch.cuda.get_device_name(0)} has {gib:.1f} GiB"
     for preset, least in (("24gb", 21), ("t4", 14)):  # a "24 GB" card reports 22 GiB or more

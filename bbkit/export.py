@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     e = commands.add_parser("export", help="adapter, merged model and model card of a run")
     e.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     e.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
-    e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    kinds = ("auto", "float32", "bfloat16", "float16")
+    e.add_argument("--dtype", default="auto", choices=kinds, help="auto: what the base loads as")
     e.add_argument("--offline", action="store_true", help="as for bbkit.train")
     return p
 
@@ -50,8 +51,8 @@ def _main(args: argparse.Namespace) -> int:
     # Beside the place where it will stand, and moved there whole.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder) / "export"
-        apart = write(settings, args.run, made, args.dtype, args.offline)
-        text = card(manifest, report.results_of(args.run), args.dtype, apart)
+        apart, dtype = write(settings, args.run, made, args.dtype, args.offline)
+        text = card(manifest, report.results_of(args.run), dtype, apart)
         files.write_bytes(made / "README.md", text.encode(errors="replace"))
         if out.exists():
             out.rmdir()
@@ -62,27 +63,35 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def write(settings: Any, run: Path, out: Path, dtype: str, offline: bool = False) -> float:
-    """Write adapter/ and model/; returns the largest difference of their logits on one prompt."""
+def write(
+    settings: Any, run: Path, out: Path, dtype: str, offline: bool = False
+) -> tuple[float, str]:
+    """Write adapter/ and model/; the largest difference of their logits on one prompt, the dtype.
+
+    The merged model is made in the memory of the CPU, once in its dtype (7B in bfloat16: 15 GB).
+    """
     import torch
 
     from bbkit import adapters, models
 
     base, tokenizer = models.load(settings.model, lambda line: None, offline)
     model = adapters.load_adapter(base, run / "adapter", trainable=False)
+    dtype = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     merged = adapters.merge(model, getattr(torch, dtype)).eval()
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": ASKED}], add_generation_prompt=True,
         return_tensors="pt", return_dict=True,
-    ).to(base.device)  # fmt: skip
+    )  # fmt: skip
     with torch.no_grad():
-        ours, theirs = (m.eval()(**asked).logits.float() for m in (model, merged))
+        ours, theirs = (
+            m.eval()(**asked.to(m.device)).logits.float().cpu() for m in (model, merged)
+        )
     (out / "model").mkdir(parents=True)
     with files.guarded(out / "model"):
         merged.save_pretrained(out / "model", safe_serialization=True)
         tokenizer.save_pretrained(out / "model")
     adapters.save_adapter(model, out / "adapter")
-    return (ours - theirs).abs().max().item()
+    return (ours - theirs).abs().max().item(), dtype
 
 
 def card(manifest: Mapping[str, Any], results: Mapping[str, Any], dtype: str, apart: float) -> str:

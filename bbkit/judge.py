@@ -62,11 +62,13 @@ def _likelihoods(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> lis
     was_training = model.training
     model.eval()
     for chosen, ids, mask in prompts.batches([r for r, _ in rows], tokenizer, model):
+        first = min(rows[i][1] for i in chosen)  # of the answers' tokens
+        kept = ids.shape[1] - first
         with torch.no_grad(), model.disable_adapter():
-            logits = model(input_ids=ids, attention_mask=mask).logits
-        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept + 1).logits
+        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
         for row, i in enumerate(chosen):
             whole, start = rows[i]
-            found[i] = told[row, start - 1 : len(whole) - 1].mean().item()
+            found[i] = told[row, start - first : len(whole) - first].mean().item()
     model.train(was_training)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,37 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
         limit = int((CGROUP / "memory.max").read_text())
         free = min(free, max(0, limit - int(used[1] if used else 0)))
     return free
+
+
+def forget_peak() -> None:
+    """Begin `peak_bytes` anew: on the GPU, and in the process where the system can (Linux)."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most bytes in use since `forget_peak`: on the GPU where there is work on it, else resident.
+
+    >>> peak_bytes() > 0
+    True
+    """
+    if torch.cuda.is_initialized() and (most := torch.cuda.max_memory_allocated()):
+        return most
+    import resource  # not on Windows
+
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # Linux, whose rusage also counts the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split(maxsplit=1)[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_gib() -> float:
+    """`peak_bytes` as a run's manifest has it."""
+    return round(peak_bytes() / 2**30, 2)
 
 
 def measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple[Any, dict]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import cpu, hub, memory, prompts
+from bbkit import cpu, gpu, hub, memory, prompts
 from bbkit.errors import CannotRun, InputError
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
@@ -77,8 +77,10 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
 def choose_backend(settings: ModelSettings, say: Say = print) -> str:
     """Say and return "unsloth" or "transformers"; may import unsloth, so call it before trl is."""
     obstacle = ""
-    if not torch.cuda.is_available():
-        obstacle = "unsloth needs a CUDA GPU and there is none here"
+    if settings.device == "cpu":
+        obstacle = "unsloth needs a CUDA GPU and model.device is cpu"
+    elif not torch.cuda.is_available():
+        obstacle = f"unsloth needs a CUDA GPU: {gpu.obstacle()}"
     elif settings.name.endswith(".gguf"):
         obstacle = "unsloth does not train from a .gguf file"
     elif settings.backend != "transformers":
@@ -97,7 +99,10 @@ def choose_backend(settings: ModelSettings, say: Say = print) -> str:
 
 def choose_dtype(settings: ModelSettings, say: Say = print) -> tuple[torch.dtype, torch.device]:
     """Say and return the frozen weights' dtype and the device; LoRA weights are always float32."""
-    name, reason, cuda = settings.dtype, "as set", torch.cuda.is_available()
+    name, reason = settings.dtype, "as set"
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise CannotRun(f"model.device cuda: {gpu.obstacle()}; or set model.device: auto")
     if cuda:  # `accelerate launch` runs one process a GPU
         device, here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "this GPU"
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it, slowly

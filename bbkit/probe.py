@@ -158,14 +158,14 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     halves of the groups by mean token entropy. NaN where a batch shows no signal beyond its noise.
     Raises CannotRun where the gradients of single sequences do not fit into memory.
     """
-    import psutil
     import torch
 
-    from bbkit import gradients, weighting
+    from bbkit import gradients, memory, weighting
 
     count, group = sum(len(part["completion_ids"]) for part in batches), trainer.num_generations
     width = sum(p.numel() for p in trainer.capture.parameters.values())
-    if not torch.cuda.is_available() and 4 * count * width > psutil.virtual_memory().available / 2:
+    device = next(trainer.model.parameters()).device
+    if 4 * count * width > memory.free_bytes(device) / 2:  # their parts, and all of them joined
         raise CannotRun(f"{count} gradients of {width:,} numbers do not fit; fewer --prompts")
     entropies, rows = [], []
     for part in batches:

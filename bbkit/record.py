@@ -100,24 +100,6 @@ def machine() -> dict[str, Any]:
     return {"hardware": hardware, "versions": versions, "git": _git(Path(__file__).parent)}
 
 
-def forget_peak() -> None:
-    """Begin `peak_bytes` anew, where the system can (Linux)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Most resident memory that this process has had, since `forget_peak` where that works."""
-    import resource  # not on Windows
-
-    with suppress(OSError, IndexError, ValueError):
-        # Linux, whose rusage also counts the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split(maxsplit=1)[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
-
-
 def _git(folder: Path) -> dict[str, Any]:
     def git(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]

@@ -11,7 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every arm")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (a GPU)")
     p.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
     p.add_argument("--record", type=Path, metavar="FILE", help="keep, or add, what tables show")
     return p
@@ -157,10 +159,7 @@ def _main(args: argparse.Namespace) -> int:
     if not args.table:
         rows = schedule(arms, seeds, out)
         print(plan(args, rows), flush=True)
-        for row in rows:
-            _train(args, row)
-            if args.probe and row.folder.name == f"sft-{row.seed}":
-                _probe(args, row.folder)
+        _run_all(args, rows)
     names = [f"{arm}-{seed}" for arm in _needed(arms) for seed in seeds]
     there = [name for name in names if _evaluated(out / name)]
     if missing := [name for name in names if name not in there]:
@@ -224,14 +223,52 @@ def _overrides(args: argparse.Namespace, row: Row) -> list[str]:
     return ["retention.rule=none", *args.set, *row.overrides, f"run.seed={row.seed}"]
 
 
-def _train(args: argparse.Namespace, row: Row) -> None:
-    """One run in a process of its own, so that no arm sees what another left in memory."""
+def _run_all(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Each row once what it goes on from is there, in processes of their own, `--jobs` at a time.
+
+    So no arm sees what another left in memory. Where one fails, or a person stops the study, those
+    beside it are told to stop; they save.
+    """
+    waiting, running = list(rows), dict[Row, tuple[Iterator, subprocess.Popen | None]]()
+    while waiting or running:
+        left = {row.folder for row in (*waiting, *running)}
+        # One with an SFT of its own still takes the base's replies from the first row.
+        ready = [r for r in waiting if (r.shared or rows[0].folder) not in left or r is rows[0]]
+        for row in ready[: args.jobs - len(running)]:
+            waiting.remove(row)
+            running[row] = (_commands(args, row), None)
+        try:
+            for row, (commands, process) in list(running.items()):
+                if process and process.poll() is None:
+                    continue
+                _refuse(row.folder, process.returncode if process else 0)
+                if (words := next(commands, None)) is None:
+                    del running[row]
+                else:
+                    running[row] = (commands, _start(words, row.folder, args.jobs > 1))
+            time.sleep(0.1)
+        except BaseException as error:
+            others = [process for _, process in running.values() if process]
+            for process in others:
+                # Ctrl-C has reached them too; they take some seconds to save
+                if process.poll() is None and (
+                    isinstance(error, Terminated) or not isinstance(error, KeyboardInterrupt)
+                ):
+                    process.terminate()
+            for process in others:
+                process.wait()
+            raise
+
+
+def _commands(args: argparse.Namespace, row: Row) -> Iterator[list[str]]:
+    """What remains to be run for a row: its run, begun where it goes on from, and a probe."""
     folder, overrides = row.folder, _overrides(args, row)
+    given = [f"--data-dir={args.data_dir}"] if args.data_dir else []
+    given += ["--offline"] if args.offline else []
     words = ["python", "-m", "bbkit.train", "--preset", args.preset, "--out", str(folder)]
-    words += [f"--set={item}" for item in overrides]
-    words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-    words += ["--offline"] if args.offline else []
+    words += [*(f"--set={item}" for item in overrides), *given]
     settings = config.to_dict(config.load(args.preset, None, overrides))
+    done = False
     if not (folder / "run.json").exists():
         if row.shared:
             fork(row.shared, folder, settings, words)
@@ -241,37 +278,35 @@ def _train(args: argparse.Namespace, row: Row) -> None:
         manifest = files.read_json(folder / "run.json")
         if change := _other(manifest["settings"], settings):
             raise InputError(f"{folder}: {change}; undo it or use another --out")
-        if manifest["status"] == "done":
-            return
-    _run(words, folder)
+        done = manifest["status"] == "done"
+    if not done:
+        yield words
+    if args.probe and folder.name == f"sft-{row.seed}":
+        # the noise of each advantage scheme at the SFT that the arms of a seed begin with
+        out = folder / "probe.json"
+        if not out.exists() or files.read_json(out)["prompts"] != args.probe:
+            words = ["python", "-m", "bbkit.probe", str(folder), "--prompts", str(args.probe)]
+            yield [*words, "--out", str(out), *given]
 
 
-def _probe(args: argparse.Namespace, shared: Path) -> None:
-    """The noise of each advantage scheme at the SFT that the arms of a seed begin with."""
-    out = shared / "probe.json"
-    if out.exists() and files.read_json(out)["prompts"] == args.probe:
-        return
-    words = ["python", "-m", "bbkit.probe", str(shared), "--prompts", str(args.probe)]
-    words += ["--out", str(out)]
-    words += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-    _run(words + (["--offline"] if args.offline else []), shared)
-
-
-def _run(words: Sequence[str], folder: Path) -> None:
+def _start(words: Sequence[str], folder: Path, beside: bool) -> subprocess.Popen:
+    """The command as a process; what it says goes into a file where others run `beside` it."""
     print(f"+ {shlex.join(words)}", flush=True)
-    process = subprocess.Popen([sys.executable, *words[1:]])
-    try:
-        code = process.wait()
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, Terminated):
-            process.terminate()
-        process.wait()  # Ctrl-C has reached it too; it takes some seconds to save
-        raise
+    if not beside:
+        return subprocess.Popen([sys.executable, *words[1:]])
+    with folder.with_suffix(".log").open("a") as log:
+        command = [sys.executable, *words[1:]]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _refuse(folder: Path, code: int) -> None:
     if code == 130:
         raise KeyboardInterrupt
     if code:
         kind = {2: InputError, 4: Unhealthy}.get(code, CannotRun)
-        raise kind(f"{folder}: its run ended with exit code {code}; see the lines above")
+        log = folder.with_suffix(".log")
+        where = f"see {log}" if log.exists() else "see the lines above"
+        raise kind(f"{folder}: its run ended with exit code {code}; {where}")
 
 
 def _evaluated(folder: Path) -> bool:

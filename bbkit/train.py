@@ -226,13 +226,12 @@ def execute(
                 trainer = grpo.build(
                     model, tokenizer, order, settings, adapter.parent, [hooks], kept
                 )
-            record.forget_peak()
             hooks.train(trainer)
             if stage == "sft":
                 adapters.average_with_base(model, section.averaging)
             if run.writes:
                 adapters.save_adapter(model, adapter)
-            run.done(stage, seconds=hooks.seconds, peak_gib=_peak_gib())
+            run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
         else:
             continue
         tuned = True
@@ -249,11 +248,11 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
 
     from tqdm.auto import tqdm
 
-    from bbkit import elsewhere, evaluate, generation, report
+    from bbkit import elsewhere, evaluate, generation, memory, report
 
     section, held_out = settings.evaluation, rows["held_out"]
     run.forget_held_out(stage)
-    record.forget_peak()
+    memory.forget_peak()
     began = time.perf_counter()
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
         replies = generation.generate(
@@ -292,11 +291,8 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
             "rewards": item["scores"],
         }
         run.sample(stage, step, shown, held_out=True)
-    run.done(f"evaluate {stage}", seconds=time.perf_counter() - began, peak_gib=_peak_gib())
-
-
-def _peak_gib() -> float:
-    return round(record.peak_bytes() / 2**30, 2)
+    spent = time.perf_counter() - began
+    run.done(f"evaluate {stage}", seconds=spent, peak_gib=memory.peak_gib())
 
 
 if __name__ == "__main__":

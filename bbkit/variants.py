@@ -7,9 +7,10 @@ others are what one would write without it, and TorchJD's autojac.
 """
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
+
+from bbkit import gpu
 
 
 def _terms(model, ids):
@@ -24,18 +25,11 @@ def _terms(model, ids):
 
 
 def _timed(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[float, float]:
-    import torch
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    start = now()
+    start = gpu.now()
     out = forward()
-    middle = now()
+    middle = gpu.now()
     backward(out)
-    return middle - start, now() - middle
+    return middle - start, gpu.now() - middle
 
 
 @functools.lru_cache(maxsize=1)

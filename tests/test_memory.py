@@ -1,5 +1,10 @@
 """The plan of a run's memory: its arithmetic, its advice, the dimensions it falls back on."""
 
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -182,3 +187,26 @@ def test_a_preset_fits_the_card_that_it_is_for(preset, card):
     dtype = getattr(torch, settings.model.dtype)
     found = memory.plan(settings, dtype, "cuda", offline=True)
     assert max(stage["peak"] for stage in found.values()) < 0.95 * card * 1e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone")
+def test_a_peak_is_counted_from_where_it_was_forgotten():
+    size = 200_000_000
+    with mmap.mmap(-1, size) as large:  # no bytearray: bbkit.cpu may keep what that frees
+        for page in range(0, size, mmap.PAGESIZE):
+            large[page] = 1
+        before = memory.peak_bytes()
+    assert before > size
+    memory.forget_peak()
+    assert memory.peak_bytes() < before - 150_000_000
+
+
+def test_a_small_process_started_by_a_large_one_has_a_small_peak():
+    """Linux' rusage hands the parent's peak on: all figures of a benchmark would be the same."""
+    code = (
+        "import subprocess, sys\nheld = bytearray(1_000_000_000)\n"
+        "said = 'from bbkit import memory; print(memory.peak_bytes())'\n"
+        "print(subprocess.run([sys.executable, '-c', said], capture_output=True).stdout.decode())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5e6 < int(found.stdout) < 6e8

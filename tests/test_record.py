@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -341,29 +340,6 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
 
 
 # Two processes, and kill -9
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone")
-def test_a_peak_is_counted_from_where_it_was_forgotten():
-    size = 200_000_000
-    with mmap.mmap(-1, size) as large:  # no bytearray: bbkit.cpu may keep what that frees
-        for page in range(0, size, mmap.PAGESIZE):
-            large[page] = 1
-        before = record.peak_bytes()
-    assert before > size
-    record.forget_peak()
-    assert record.peak_bytes() < before - 150_000_000
-
-
-def test_a_small_process_started_by_a_large_one_has_a_small_peak():
-    """Linux' rusage hands the parent's peak on: all figures of a benchmark would be the same."""
-    code = (
-        "import subprocess, sys\nheld = bytearray(500_000_000)\n"
-        "said = 'from bbkit import record; print(record.peak_bytes())'\n"
-        "print(subprocess.run([sys.executable, '-c', said], capture_output=True).stdout.decode())"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 5e6 < int(found.stdout) < 3e8
 
 
 def test_two_processes_cannot_write_the_same_folder(tmp_path):

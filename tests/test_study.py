@@ -220,9 +220,12 @@ def test_an_arm_with_an_sft_of_its_own_is_in_the_table(made, capsys):
 
 def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(
-        study, "_train", lambda args, row: asked.append((row.folder.name, args.set))
-    )
+
+    def noted(args, row):
+        asked.append((row.folder.name, args.set))
+        return iter(())
+
+    monkeypatch.setattr(study, "_commands", noted)
     assert study.main(["--quick", "--out", str(tmp_path), "--set", "run.threads=1"]) == 0
     arms = ("sft", "grpo", "step", "full")  # the whole method goes on from an SFT that keeps too
     assert [name for name, _ in asked] == [f"{arm}-{seed}" for seed in (0, 1) for arm in arms]
