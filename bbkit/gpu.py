@@ -1,0 +1,66 @@
+"""Whether torch can use a GPU here, and if not, why; a clock that waits for it.
+
+Serves no claim. "No GPU" and "a GPU that this torch cannot use" are told apart: the second has a
+mend, and who owns the card would else get a run on the CPU without a hint.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+
+ASK = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+
+
+def obstacle() -> str:
+    """Why torch can use no CUDA GPU here, with the mend where there is one; "" where it can.
+
+    >>> import torch
+    >>> bool(obstacle()) == (not torch.cuda.is_available())
+    True
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU"
+    if not (seen := _seen()):
+        return "no CUDA GPU is visible"
+    built = torch.version.cuda
+    if built is None:
+        mend = "install one with CUDA (pytorch.org)"
+        return f"{seen} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
+    why = "it says not why"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+    mend = "update the driver, or install a torch for an older CUDA"
+    return f"{seen} is here, and torch for CUDA {built} cannot use it ({why}); {mend}"
+
+
+def _seen() -> str:
+    """The GPU that NVIDIA's own tool finds, such as "Tesla T4 with driver 470.82.01", or ""."""
+    if not shutil.which(ASK[0]):
+        return ""
+    try:
+        told = subprocess.run(ASK, capture_output=True, text=True, timeout=20, check=True).stdout
+        name, driver = told.splitlines()[0].split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return ""
+    return f"{name} with driver {driver}"
+
+
+def now() -> float:
+    """Seconds of a clock, read when the GPU has done what it was given, which runs beside Python.
+
+    >>> now() <= now()
+    True
+    """
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
