@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ def _autocast(model):
     from bbkit.sft import precision
 
     on = precision(model)
-    dtype = torch.bfloat16 if on["bf16"] else torch.float16
-    return torch.autocast(model.device.type, dtype, enabled=on["bf16"] or on["fp16"])
+    if not (on["bf16"] or on["fp16"]):
+        return nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16 if on["bf16"] else torch.float16)
 
 
 def ratio(some: Sequence[float], plain: Sequence[float]) -> float:

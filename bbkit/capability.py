@@ -107,7 +107,9 @@ def capability_aware(
             self.add_callback(Balance(self))
 
         def _generate_single_turn(self, *args, **kwargs):
-            with sampling.one_prefill_a_prompt(self.accelerator.unwrap_model(self.model)):
+            model = self.accelerator.unwrap_model(self.model)
+            # In the precision of the loss: the policy that samples is the one that is trained.
+            with sampling.one_prefill_a_prompt(model), self.accelerator.autocast():
                 return super()._generate_single_turn(*args, **kwargs)
 
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

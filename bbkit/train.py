@@ -59,6 +59,8 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     for stage in stages:
         if stage not in STAGES:
             raise InputError(f"--stages {args.stages}: no stage {stage!r}; use {', '.join(STAGES)}")
+    # Near 24 GB the KV cache, which grows by copies, would leave no free block large enough.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     preset = args.preset
     if preset is None:
         preset, reason = config.choose_preset()

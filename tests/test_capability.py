@@ -210,6 +210,26 @@ def test_in_adams_metric_no_loss_rises_along_adams_direction(build):
     assert len(along) >= 14 and min(along) >= -1e-5, along
 
 
+def test_an_order_is_drawn_for_each_seed_and_step_and_by_the_cpu_alone(build, monkeypatch):
+    """torch.manual_seed begins every GPU's numbers anew: seeds would share their completions."""
+    drawn, seeded = [], []
+
+    class Watched(capability_aware(GRPOTrainer, combination="pcgrad")):
+        def _combine(self):
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "manual_seed", seeded.append)
+                super()._combine()
+
+    def noted(gramian, method, weights, own=gradients.combine):
+        drawn.append(torch.default_generator.initial_seed())
+        return own(gramian, method, weights)
+
+    monkeypatch.setattr(gradients, "combine", noted)
+    for seed in (0, 1, 2):
+        build(trainer=Watched, steps=3, arguments={"seed": seed}).train()
+    assert len(set(drawn)) == 9 and not seeded
+
+
 def test_rewards_that_say_nothing_leave_the_weights_alone(build):
     def nothing(completions, **_):
         return [None] * len(completions)

@@ -226,3 +226,32 @@ def test_preset_is_chosen_by_gpu_memory(monkeypatch, gib, preset):
     monkeypatch.setattr(torch, "cuda", FakeCuda(gib))
     name, reason = config.choose_preset()
     assert name == preset and ("Some GPU" in reason) == (gib > 0)
+
+
+@pytest.mark.parametrize(
+    ("built", "smi", "said"),
+    [
+        ("13.0", "echo Tesla T4, 470.82.01", "Tesla T4 with driver 470.82.01 is here, .* too old"),
+        ("13.0", "echo Tesla T4, 470.82.01", "cannot use it .*update the driver, or install"),
+        (None, "echo Tesla T4, 580.95.05", "Tesla T4 .* is built without CUDA; install one"),
+        ("13.0", "exit 9", "^no CUDA GPU is visible$"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_from_none(monkeypatch, tmp_path, built, smi, said):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found 11040). Update it.")
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{smi}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    name, reason = config.choose_preset()
+    assert name == "pocket" and re.search(said, reason), reason
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert config.choose_preset()[1] == "CUDA_VISIBLE_DEVICES=-1 hides every GPU"

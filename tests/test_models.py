@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bbkit import adapters, memory, models
+from bbkit import adapters, gpu, memory, models
 from bbkit.config import Model
 from bbkit.errors import CannotRun, InputError
 
@@ -478,9 +478,21 @@ def test_backend_and_its_reason(monkeypatch, fake_unsloth):
     with pytest.raises(CannotRun, match=r"pip install -e '\.\[gpu\]'"):
         choose("unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose("auto") == ("transformers", "unsloth needs a CUDA GPU and there is none here")
+    assert choose("auto") == ("transformers", f"unsloth needs a CUDA GPU: {gpu.obstacle()}")
+    said = models.choose_backend(settings("x", device="cpu"), quiet)
+    assert said == "transformers"
     with pytest.raises(CannotRun, match=r"needs a CUDA GPU"):
         choose("unsloth")
+
+
+def test_the_device_is_as_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    on = [models.choose_dtype(settings("x", device=d), quiet)[1].type for d in ("auto", "cpu")]
+    assert on == ["cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CannotRun, match=r"model.device cuda: no CUDA GPU|CUDA_VISIBLE_DEVICES"):
+        models.choose_dtype(settings("x", device="cuda"), quiet)
 
 
 def test_unsloth_gets_every_setting(fake_unsloth, tiny, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bbkit import comparison, config, recorded, study
-from bbkit.errors import InputError
+from bbkit.errors import InputError, Unhealthy
 from bbkit.files import read_json, read_rows
 
 TINY = [
@@ -237,3 +237,51 @@ def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
 def test_every_arm_resolves():
     for overrides in study.ARMS.values():
         assert json.dumps(config.to_dict(config.load("pocket", None, [*overrides])))
+
+
+SPAN = """
+import signal, sys, time
+def stop(*_):
+    open(sys.argv[1] + ".stopped", "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+began = time.monotonic()
+time.sleep(float(sys.argv[2]))
+print(began, time.monotonic(), file=open(sys.argv[1] + ".span", "w"))
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def stand_ins(monkeypatch, seconds: dict[str, float], codes: dict[str, int]) -> None:
+    """Commands that take so long and end with such a code, in place of runs."""
+
+    def commands(args, row):
+        name = row.folder.name
+        told = (str(row.folder), str(seconds.get(name, 0.3)), str(codes.get(name, 0)))
+        yield ["python", "-c", SPAN, *told]
+
+    monkeypatch.setattr(study, "_commands", commands)
+
+
+def test_jobs_run_side_by_side_and_after_what_they_go_on_from(tmp_path, monkeypatch):
+    stand_ins(monkeypatch, {}, {})
+    rows = study.schedule(["alone_step", "grpo", "static"], [0, 1], tmp_path)
+    study._run_all(study.parser().parse_args(["--jobs", "3"]), rows)
+    spans = {
+        row.folder: [float(x) for x in row.folder.with_suffix(".span").read_text().split()]
+        for row in rows
+    }
+    for row in rows[1:]:
+        assert spans[row.folder][0] >= spans[row.shared or rows[0].folder][1]
+    at_once = [sum(a <= began < b for a, b in spans.values()) for began, _ in spans.values()]
+    assert 2 <= max(at_once) <= 3
+
+
+def test_where_one_of_several_jobs_fails_the_others_are_told_to_stop(tmp_path, monkeypatch):
+    stand_ins(monkeypatch, {"static-0": 60}, {"grpo-0": 4})
+    rows = study.schedule(["static", "grpo"], [0], tmp_path)
+    with pytest.raises(
+        Unhealthy, match=r"grpo-0: its run ended with exit code 4; see .*grpo-0.log"
+    ):
+        study._run_all(study.parser().parse_args(["--jobs", "2"]), rows)
+    assert (tmp_path / "static-0.stopped").exists()

@@ -454,6 +454,44 @@ def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk):
     assert comparable(disk / "run")["adapter"] == comparable(whole)["adapter"]
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("skips", [20, 2])
+def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, stage, skips):
+    """With a real scaler, whose first scale overflows here as it does on a T4."""
+    from bbkit import adapters, callback, grpo, questions, record, sft
+    from bbkit.errors import Unhealthy
+
+    changed = [
+        "retention.rule=none", f"{stage}.steps=16", "sft.batch_size=4", "sft.micro_batch_size=4",
+        "grpo.prompts=2", "grpo.generations=2", "grpo.micro_batch_size=4",
+        "grpo.max_completion_length=4", "grpo.combination=dual_cone",
+    ]  # fmt: skip
+    settings = config.load("pocket", None, changed)
+    model, tokenizer = models.load(settings.model, lambda line: None)
+    model = adapters.add_lora(model, settings.model, 0)
+    monkeypatch.setattr(callback, "SKIPPED", skips)
+    with record.Run(tmp_path / "run", config.to_dict(settings), ["python"]) as run:
+        hooks = callback.Recorder(run, stage, 16, settings)
+        build = sft.build if stage == "sft" else grpo.build
+        rows = questions.ontology("train")[:16]
+        trainer = build(model, tokenizer, rows, settings, tmp_path / "run" / stage, [hooks])
+        if stage == "grpo":  # rewards that differ
+            trainer.reward_funcs[0] = lambda completions, **_: [
+                len(c[0]["content"]) for c in completions
+            ]
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.state._mixed_precision = "fp16"
+        if skips == 2:
+            with pytest.raises(Unhealthy, match="overflowed in 2 steps in a row; lower"):
+                hooks.train(trainer)
+            return
+        hooks.train(trainer)
+    found = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row.get("skipped", 0) for row in found][:2] == [1, 2] and "skipped" not in found[-1]
+    assert ["grad_norm" in row for row in found] == ["skipped" not in row for row in found]
+
+
 def test_every_preset_resolves():
     for preset in config.PRESETS:
         assert config.load(preset).grpo.generations >= 2
