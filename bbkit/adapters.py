@@ -141,7 +141,8 @@ def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             if id(value) not in copies:
                 whole = _unpacked(value).detach()
                 if key == "weight" and place != path:
-                    whole = whole.float() + tuned[place].get_delta_weight("default").detach()
+                    whole = whole.to(torch.float32, copy=True)
+                    whole += tuned[place].get_delta_weight("default").detach()
                 copies[id(value)] = whole.to("cpu", dtype, copy=True)
             weights[f"{place}.{key}"] = copies[id(value)]
     with reading("to merge"):

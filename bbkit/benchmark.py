@@ -230,6 +230,7 @@ def ready(trainer):
     """A trainer with the optimiser and the micro-batches of one step, for `step`."""
     passes = trainer.args.gradient_accumulation_steps
     trainer.create_optimizer_and_scheduler(1)
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)  # with float16's scaler
     trainer.current_gradient_accumulation_steps = passes
     trainer.batches = list(islice(trainer.get_train_dataloader(), passes))
     return trainer
@@ -237,14 +238,13 @@ def ready(trainer):
 
 def step(trainer) -> float:
     """Seconds of one optimiser step, as transformers' own loop makes it."""
-    import torch
 
     trainer._metrics["train"].clear()
     start = gpu.now()
     for i, batch in enumerate(trainer.batches, 1):
         trainer.accelerator.gradient_state._set_sync_gradients(i == len(trainer.batches))
         trainer.training_step(trainer.model, batch, None)
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.model.zero_grad()
     return gpu.now() - start

@@ -104,6 +104,10 @@ def capability_aware(
             self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
             if self.gradient_engine == "replay":
                 print("gradient engine replay: this loss is not linear in the advantages")
+            elif fused := gradients.unfuse(self.model):
+                print(
+                    f"gradient engine one_pass: PEFT's forwards in place of {fused} fused kernels"
+                )
             self.add_callback(Balance(self))
 
         def _generate_single_turn(self, *args, **kwargs):

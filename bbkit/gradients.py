@@ -9,6 +9,7 @@ Combinations see the Gramian alone and are TorchJD's. The paper names neither en
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -174,6 +175,17 @@ def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Captu
     with watch(model, Capture(model, advantages.shape[-1])) as capture:
         capture.next(advantages)
         yield capture
+
+
+def unfuse(model: nn.Module) -> int:
+    """Put PEFT's forwards back where unsloth has set fused LoRA kernels; how many it had set.
+
+    These never call the LoRA maps, so that no capture sees them, and K passes cost more than they
+    gain. Where unsloth has no such function any more they stay, and the trainer replays.
+    """
+    llama = sys.modules.get("unsloth.models.llama")
+    put_back = getattr(llama, "_decline_fused_lora_for_fsdp", None)
+    return put_back(model, "one backward pass gives all gradients") if put_back else 0
 
 
 @contextmanager

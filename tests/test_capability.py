@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections import defaultdict
 from pathlib import Path
 
@@ -182,6 +183,28 @@ def test_bypassed_modules_turn_the_engine_to_replay(build, beta, capsys):
     for key, value in rows[0].items():
         if key.startswith(("gradient_norm/", "cosine/")) or key == "grad_norm":
             assert rows[1][key] == value or rows[1][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_unsloths_fused_kernels_give_way_to_one_pass(build, monkeypatch, capsys):
+    def put_back(model, reason):
+        matrix = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
+        return len([vars(matrix).pop("forward")])
+
+    class Fused(capability_aware(GRPOTrainer, **PLAIN)):
+        def __init__(self, model, **kwargs):
+            matrix = next(m for n, m in model.named_modules() if n.endswith("lora_A.default"))
+            matrix.forward = lambda x: x @ matrix.weight.T
+            super().__init__(model=model, **kwargs)
+
+    engines = []
+    for names in ({}, {"_decline_fused_lora_for_fsdp": put_back}):
+        llama = types.SimpleNamespace(**names)
+        monkeypatch.setitem(sys.modules, "unsloth.models.llama", llama)
+        trainer = build(trainer=Fused, steps=1)
+        trainer.train()
+        engines.append(trainer.gradient_engine)
+    assert engines == ["replay", "one_pass"]
+    assert "PEFT's forwards in place of 1 fused kernels" in capsys.readouterr().out
 
 
 def test_several_updates_per_generation_are_replayed(build, capsys):

@@ -38,11 +38,16 @@ RELIED = [
         "rewards_per_func = self._calculate_rewards(inputs, prompts",
         "rewards are asked of the method that capability_aware overrides",
     ),
+    (
+        LLAMA,
+        "def _decline_fused_lora_for_fsdp(model, reason = None) -> int:",
+        "puts PEFT's forwards back, so that one pass serves",
+    ),
     (RL, "original_training_step(self, model, *args, **kwargs)", "training_step is kept"),
     (
         LLAMA,
         "(lora_dropout == 0 or _fast_lora.FUSED_LORA_DROPOUT)",
-        "dropout 0 turns the fused LoRA path on, which bypasses the LoRA modules: replay",
+        "dropout 0 turns the fused LoRA path on, which bypasses the LoRA modules: unfuse",
     ),
     (LLAMA, 'and bias == "none"', "the other condition of the fused path"),
     (LOADER, 'kwargs.get("local_files_only", False)', "nothing is fetched behind our back"),
