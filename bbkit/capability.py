@@ -105,9 +105,7 @@ def capability_aware(
             if self.gradient_engine == "replay":
                 print("gradient engine replay: this loss is not linear in the advantages")
             elif fused := gradients.unfuse(self.model):
-                print(
-                    f"gradient engine one_pass: PEFT's forwards in place of {fused} fused kernels"
-                )
+                print(f"gradient engine one_pass: PEFT's forwards, not {fused} fused kernels")
             self.add_callback(Balance(self))
 
         def _generate_single_turn(self, *args, **kwargs):

@@ -26,22 +26,22 @@ def obstacle() -> str:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU"
-    if not (seen := _seen()):
+    if not (found := seen()):
         return "no CUDA GPU is visible"
     built = torch.version.cuda
     if built is None:
         mend = "install one with CUDA (pytorch.org)"
-        return f"{seen} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
+        return f"{found} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
     why = "it says not why"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0]
     mend = "update the driver, or install a torch for an older CUDA"
-    return f"{seen} is here, and torch for CUDA {built} cannot use it ({why}); {mend}"
+    return f"{found} is here, and torch for CUDA {built} cannot use it ({why}); {mend}"
 
 
-def _seen() -> str:
+def seen() -> str:
     """The GPU that NVIDIA's own tool finds, such as "Tesla T4 with driver 470.82.01", or ""."""
     if not shutil.which(ASK[0]):
         return ""

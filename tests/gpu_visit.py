@@ -69,7 +69,7 @@ def visit(out: Path, deadline: float, names: list[str], tiny: bool, commit: str 
     rows = out / "rows.jsonl"
     rows.unlink(missing_ok=True)
     found = record.machine()
-    about = {"machine": found["hardware"] | {"gpu": gpu._seen()}, "versions": found["versions"]}
+    about = {"machine": found["hardware"] | {"gpu": gpu.seen()}, "versions": found["versions"]}
     about |= {"commit": found["git"]["commit"] or commit, "rows": [], "tests": {}}
     roomy = Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 20e9  # 7B takes 15
     with tempfile.TemporaryDirectory(dir="/dev/shm" if roomy else None) as work:
