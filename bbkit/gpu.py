@@ -31,7 +31,9 @@ def obstacle() -> str:
     built = torch.version.cuda
     if built is None:
         mend = "install one with CUDA (pytorch.org)"
-        return f"{found} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
+        return (
+            f"{found} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
+        )
     why = "it says not why"
     try:
         torch.cuda.init()

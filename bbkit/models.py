@@ -26,6 +26,13 @@ if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from bbkit.config import Model as ModelSettings
 
 Say = Callable[[str], Any]
+# Else it calls the Hub, and packs sequences into one row, where one pass (bbkit.gradients) cannot
+# tell them apart.
+UNSLOTH = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_GRPO_SEQ_PACKING": "0",
+    "UNSLOTH_GRPO_PREFIX_GROUPER": "0",
+}
 PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")
 
 
@@ -84,7 +91,8 @@ def choose_backend(settings: ModelSettings, say: Say = print) -> str:
     elif settings.name.endswith(".gguf"):
         obstacle = "unsloth does not train from a .gguf file"
     elif settings.backend != "transformers":
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it calls the Hub
+        for name, value in UNSLOTH.items():
+            os.environ.setdefault(name, value)
         try:
             importlib.import_module("unsloth")
         except Exception as error:  # missing, or at odds with the stack in any of many ways

@@ -43,6 +43,9 @@ RELIED = [
         "def _decline_fused_lora_for_fsdp(model, reason = None) -> int:",
         "puts PEFT's forwards back, so that one pass serves",
     ),
+    (PATCHES, "B = self.args.unsloth_grpo_mini_batch", "1: a micro-batch stays whole"),
+    (PATCHES, 'os.environ.get("UNSLOTH_GRPO_SEQ_PACKING", "1")', "0: a row for each sequence"),
+    (PATCHES, 'os.environ.get("UNSLOTH_GRPO_PREFIX_GROUPER", "1")', "0: with its prompt"),
     (RL, "original_training_step(self, model, *args, **kwargs)", "training_step is kept"),
     (
         LLAMA,
@@ -216,9 +219,9 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path):
     """SFT, then GRPO with a gradient per capability; the model is transformers', the trainers not.
 
-    The replay engine has to step in: unsloth's patched LoRA layers bypass the modules, and its GRPO
-    loss takes a micro-batch apart, so that plain forwards on them would not be enough: one sequence
-    at a time (unsloth_grpo_mini_batch), or all in one row with their prompts shared.
+    One pass serves there as well, since the kit has unsloth's loss leave a micro-batch whole
+    (unsloth_grpo_mini_batch) and its sequences apart (models.UNSLOTH). What a CPU does not show:
+    fused LoRA kernels, which gradients.unfuse takes away.
     """
     zoo = [name.replace("unsloth==", "unsloth_zoo==") for name in pinned()]
     others = ["triton", "cut_cross_entropy", "tyro", "hf_transfer", "msgspec"]
@@ -232,6 +235,7 @@ def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path)
         paths = [str(packages)] if kind == "unsloth" else []
         switches = ("UNSLOTH_ALLOW_CPU", "UNSLOTH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
         environment = {**os.environ, **dict.fromkeys(switches, "1")}
+        environment |= models.UNSLOTH
         root = str(Path(sft.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, *paths])
         out = tmp_path / f"{kind}.json"
@@ -243,7 +247,7 @@ def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path)
         assert "we will set it" not in run.stdout, "unsloth changed a field that the kit left open"
         found[kind] = json.loads(out.read_text())
     assert "UnslothGRPOTrainer" in found["unsloth"]["classes"]
-    assert [found[kind]["engine"] for kind in ("trl", "unsloth")] == ["one_pass", "replay"]
+    assert [found[kind]["engine"] for kind in ("trl", "unsloth")] == ["one_pass", "one_pass"]
     names = [k for k in found["trl"]["log"][0] if k.startswith(("gradient_norm/", "reward", "sig"))]
     for ours, theirs in zip(found["trl"]["log"], found["unsloth"]["log"], strict=True):
         for name in (*names, "loss"):
