@@ -30,10 +30,8 @@ def obstacle() -> str:
         return "no CUDA GPU is visible"
     built = torch.version.cuda
     if built is None:
-        mend = "install one with CUDA (pytorch.org)"
-        return (
-            f"{found} is here, and this torch ({torch.__version__}) is built without CUDA; {mend}"
-        )
+        without = f"this torch ({torch.__version__}) is built without CUDA"
+        return f"{found} is here, and {without}; install one with CUDA (pytorch.org)"
     why = "it says not why"
     try:
         torch.cuda.init()

@@ -166,9 +166,7 @@ def build(
         use_vllm=False,
         log_completions=False,
         # unsloth's own: into how many parts it takes a micro-batch, which one pass reads whole
-        **(
-            {"unsloth_grpo_mini_batch": 1} if hasattr(GRPOConfig, "unsloth_grpo_mini_batch") else {}
-        ),
+        **{k: 1 for k in ("unsloth_grpo_mini_batch",) if hasattr(GRPOConfig, k)},
     )
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]

@@ -52,6 +52,20 @@ def test_it_is_the_gain_in_likelihood_under_the_base(pocket):
         assert value == pytest.approx(wanted, abs=1e-5)
 
 
+def test_only_logits_of_answers_are_made(pocket):
+    model, tokenizer = pocket
+    seen, head = [], model.get_base_model().lm_head
+    hook = head.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    judge.judged(model, tokenizer, QUESTIONS[:1], [prompts.completion(QUESTIONS[0])])
+    hook.remove()
+    rows = [
+        judge._tokens(tokenizer, QUESTIONS[0], x)
+        for x in ("", prompts.parse_reasoning(prompts.completion(QUESTIONS[0])))
+    ]
+    longest, first = max(len(whole) for whole, _ in rows), min(start for _, start in rows)
+    assert sum(seen) == longest - first + 1 < longest
+
+
 def test_the_gold_chain_is_worth_more_than_that_of_another_question(pocket):
     model, tokenizer = pocket
     own = [prompts.completion(e) for e in QUESTIONS]

@@ -210,3 +210,14 @@ def test_a_small_process_started_by_a_large_one_has_a_small_peak():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5e6 < int(found.stdout) < 6e8
+
+
+def test_a_peak_is_the_gpus_where_there_is_work_on_it(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: forgotten.append(True))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    memory.forget_peak()
+    assert forgotten and memory.peak_gib() == 3.0
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)  # model.device=cpu
+    assert 0 < memory.peak_gib() != 3.0

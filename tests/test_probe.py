@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from bbkit import gradients, probe, train, weighting
+from bbkit import gradients, memory, probe, train, weighting
+from bbkit.errors import CannotRun
 
 SMALL = [
     "--preset", "pocket", "--set", "sft.steps=2", "--set", "sft.batch_size=8", "--stages", "sft",
@@ -56,6 +57,14 @@ def test_noise_is_the_spread_of_the_groups_gradients(trainer):
     assert found["grpo"]["all"] == pytest.approx(float(wanted), rel=1e-3, nan_ok=True)
     assert set(found) == {*weighting.SCHEMES, probe.OURS}
     assert all(set(row) == {"all", "low", "high", "ratio", "interval"} for row in found.values())
+
+
+def test_gradients_that_do_not_fit_where_the_model_is_are_refused(trainer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or 10**6)
+    with pytest.raises(CannotRun, match=r"16 gradients of .* do not fit; fewer --prompts"):
+        probe.noise(*trainer)
+    assert asked == [trainer[0].model.device]
 
 
 def test_plain_descent_along_the_dual_cone_raises_no_loss(run, tmp_path):
