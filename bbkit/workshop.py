@@ -85,10 +85,12 @@ def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> 
 
     Prints first how long it should take and whether it fits, then what the command prints, then the
     minutes that each stage took. Gives the folder, or None after the line that says what is wrong.
-    The stop button saves, and the same call goes on from there.
+    The stop button saves, and the same call goes on from there. Its `model.backend` is transformers
+    unless `changes` say otherwise: unsloth has to be imported before it, and a notebook has it.
     """
     from bbkit import record, train
 
+    changes = ("model.backend=transformers", *changes)
     words = ["--preset", preset, "--stages", stages, *(f"--set={change}" for change in changes)]
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
