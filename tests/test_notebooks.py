@@ -8,6 +8,7 @@ for Colab), paths and secrets of the author's machine.
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,13 @@ def test_the_setup_cell_fetches_the_kit_and_says_what_pip_changed(hosted):
     assert (clone / "bbkit" / "config.py").exists() and str(clone) in asked
     assert {torch, "numpy==9.9.9"} <= {*asked}  # what the runtime has, where the pins allow it
     assert done.stdout == "old 1.0 -> 2.0\nnew: added\n"
+
+
+def test_what_a_pin_contradicts_is_not_kept():
+    kept = runpy.run_path(str(FOLDER / "install.py"))["kept"]
+    here = {"torch": "2.11.0+cu128", "numpy": "2.0.2", "scipy": "1.0"}
+    assert kept(here, ["torch==2.13.0"]) == ["numpy==2.0.2"]
+    assert kept(here, ["torch==2.11.0"]) == ["torch==2.11.0+cu128", "numpy==2.0.2"]
 
 
 def test_the_setup_cell_ends_with_pips_own_words_where_it_fails(hosted):
