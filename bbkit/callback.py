@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm  # text, in notebooks too: a static viewer shows where it ended
 from transformers import PrinterCallback, TrainerCallback
 
 from bbkit import adapters, files, health, memory, processes, record

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,26 @@ from bbkit import files
 from bbkit.errors import CannotRun, InputError
 
 POCKET = Path(__file__).parent / "pocket"
+WISHED = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a Hub model; no pickles
+
+
+def go_private(offline: bool) -> None:
+    """No telemetry, and no connection at all if `offline`; before any Hugging Face import.
+
+    Where they are imported already, as in a notebook, the last call holds: a run of pocket does not
+    keep the next one, of another model, from the Hub.
+    """
+    for name, wish in WISHED.items():
+        os.environ.pop(name, None)
+        if offline or wish is not None:
+            os.environ[name] = "1" if offline else str(wish)
+    closed = offline or (WISHED["HF_HUB_OFFLINE"] or "0").lower() in ("1", "on", "yes", "true")
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            vars(sys.modules[module]).update(HF_HUB_OFFLINE=closed, HF_DATASETS_OFFLINE=closed)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def locate(

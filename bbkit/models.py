@@ -64,6 +64,9 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
         tokenizer.clean_up_tokenization_spaces = False
         fix_ending(tokenizer, say)
     fix_padding(tokenizer, say)
+    uses = model.config._attn_implementation
+    kernels = "PyTorch's own, for any GPU and dtype" if uses == "sdpa" else f"{backend} chose it"
+    say(f"attention {uses}: {kernels}")
     # No defaults of the model's own, such as Qwen's repetition penalty: greedy unless told.
     tokens = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
     model.config.update(tokens)

@@ -179,7 +179,8 @@ def front(folder: Path) -> "Figure | None":
         spread = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
         axis.errorbar(x, y, **spread, color="#777777", capsize=3, lw=1)
         axis.plot(x, y, marker, color="black", ms=9, label=STAGES[stage])
-        side = {"xytext": (9, 9)} if stage == "base" else {"ha": "right", "xytext": (-9, 9)}
+        at = {"base": (9, 9), "sft": (-9, -17), "grpo": (-9, 9)}[stage]  # SFT and GRPO may be near
+        side: dict[str, Any] = {"xytext": at, "ha": "left" if stage == "base" else "right"}
         axis.annotate(STAGES[stage], (x, y), textcoords="offset points", weight="bold", **side)
         places.append((x, y))
         if "domain_lenient" in results[stage]:

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad input or configuration, 3 cannot run here, 4 training 
 """
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from bbkit import config, files, processes, record
 from bbkit.config import Settings
 from bbkit.errors import InputError, exit_code, held_back
+from bbkit.hub import go_private
 from bbkit.prompts import Example
 from bbkit.replies import Reply
 
@@ -81,14 +81,6 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     with record.Run(resume or out, config.to_dict(settings), command, resume) as run:
         execute(run, settings, rows, stages, args.data_dir, args.offline)
     return 0
-
-
-def go_private(offline: bool) -> None:
-    """No telemetry, and no connection at all if `offline`; before any Hugging Face import."""
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["DISABLE_TELEMETRY"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def load_rows(
@@ -248,7 +240,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     """Evaluate the model as it is, write one row per reply and the measures with intervals."""
     import json
 
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     from bbkit import elsewhere, evaluate, generation, memory, report
 

@@ -3,9 +3,15 @@
 Serves no claim: the notebooks teach with it. Everything measured comes from the other modules.
 """
 
+import contextlib
+import gc
 import html
+import io
 import re
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bbkit.plots import color
@@ -72,3 +78,39 @@ def shown(reply: str, scores: Mapping[str, float | None] | None = None) -> str:
         if value is not None
     )
     return f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(parts)}</div>{told}'
+
+
+def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> Path | None:
+    """A run by `bbkit.train` in this process: what is missing of `stages` in `folder`.
+
+    Prints first how long it should take and whether it fits, then what the command prints, then the
+    minutes that each stage took. Gives the folder, or None after the line that says what is wrong.
+    The stop button saves, and the same call goes on from there. Its `model.backend` is transformers
+    unless `changes` say otherwise: unsloth has to be imported before it, and a notebook has it.
+    """
+    from bbkit import record, train
+
+    changes = ("model.backend=transformers", *changes)
+    words = ["--preset", preset, "--stages", stages, *(f"--set={change}" for change in changes)]
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        code = train.main([*words, "--dry-run"])
+    for line in told.getvalue().splitlines():
+        if line.startswith(("minutes", "fits", "does not fit")):
+            print(line)
+    if code:
+        return None
+    import datasets
+
+    datasets.disable_progress_bars()  # of rows; the bar of the steps stays
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        code = train.main([*words, "--out", str(folder)])
+    gc.collect()  # a trainer and its hooks hold each other, and the model
+    sys.modules["torch"].cuda.empty_cache()
+    if code:
+        return None
+    done = record.manifest_of(folder)["stages"]
+    minutes = (f"{stage} {facts['seconds'] / 60:.1f}" for stage, facts in done.items())
+    print("measured, in minutes:", ", ".join(minutes))
+    return folder
