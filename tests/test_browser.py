@@ -119,13 +119,18 @@ def test_run_all_in_jupyterlab(lab, page, name):
     assert figures >= 1
     panel = page.locator(".jp-WindowedPanel-outer").first
     panel.evaluate("e => e.scrollTo(0, 0)")
-    seen, widgets, place = set(), 0, -1.0
+    seen, widgets, place, bars = set(), 0, -1.0, 0
     while panel.evaluate("e => e.scrollTop") > place:  # a long notebook draws what is in view
         place = panel.evaluate("e => e.scrollTop")
         page.wait_for_timeout(400)
         for image in page.locator(".jp-OutputArea-output img").all():
             if image.evaluate("e => e.complete && e.naturalWidth > 100"):
                 seen.add(image.get_attribute("src")[-200:])
+        reward = page.locator(".jp-OutputArea-output pre", has_text=re.compile("grpo: 100%.*domain="))
+        if reward.count() > bars:
+            bars = reward.count()
+            reward.first.scroll_into_view_if_needed()
+            picture(page, f"{name}_bar")
         sliders = page.locator(".jupyter-widgets .noUi-target, .widget-slider").count()
         if sliders > widgets:
             widgets = sliders
@@ -135,3 +140,5 @@ def test_run_all_in_jupyterlab(lab, page, name):
     assert len(seen) >= figures, "figures that the browser did not draw"
     if any("widget-view" in kind for kind in kinds):
         assert widgets, "no slider was drawn"
+    if any("grpo: 100%" in o.get("text", "") for c in cells for o in c.outputs):
+        assert bars, "the bar of GRPO's steps does not show its rewards"
