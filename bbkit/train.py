@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input or configuration, 3 cannot run here, 4 training 
 """
 
 import argparse
+import os
 import random
 import sys
 import time

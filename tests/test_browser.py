@@ -126,7 +126,8 @@ def test_run_all_in_jupyterlab(lab, page, name):
         for image in page.locator(".jp-OutputArea-output img").all():
             if image.evaluate("e => e.complete && e.naturalWidth > 100"):
                 seen.add(image.get_attribute("src")[-200:])
-        reward = page.locator(".jp-OutputArea-output pre", has_text=re.compile("grpo: 100%.*domain="))
+        ended = re.compile("grpo: 100%.*domain=")
+        reward = page.locator(".jp-OutputArea-output pre", has_text=ended)
         if reward.count() > bars:
             bars = reward.count()
             reward.first.scroll_into_view_if_needed()
