@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bbkit import judge, processes, prompts, rewards
 from bbkit.config import Settings
@@ -144,6 +145,8 @@ def build(
     section = settings.grpo
     completions = section.prompts * section.generations
     passes = processes.share(completions, section.micro_batch_size, "grpo")
+    # unsloth's: into how many parts it takes a micro-batch, which one pass reads whole
+    own: dict[str, Any] = {k: 1 for k in ("unsloth_grpo_mini_batch",) if hasattr(GRPOConfig, k)}
     config = GRPOConfig(
         **arguments(section, settings, folder),
         **precision(model),
@@ -165,8 +168,7 @@ def build(
         shuffle_dataset=False,  # `order` is the order
         use_vllm=False,
         log_completions=False,
-        # unsloth's own: into how many parts it takes a micro-batch, which one pass reads whole
-        **{k: 1 for k in ("unsloth_grpo_mini_batch",) if hasattr(GRPOConfig, k)},
+        **own,
     )
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
