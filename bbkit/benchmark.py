@@ -7,6 +7,7 @@ machine that others use too disturbs both alike. `--retention`: what keeping the
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -52,10 +53,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    return exit_code(lambda: _main(args))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: _main(args, words))
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: argparse.Namespace, words: list[str]) -> int:
     if args.retention:
         from bbkit import retention_cost
 
@@ -78,6 +80,7 @@ def _main(args: argparse.Namespace) -> int:
             for variant in VARIANTS:
                 row = {"model": settings.model.name, "capabilities": count, "rank": rank}
                 row |= {"variant": variant, **found[variant], **steps.get(variant, {})}
+                row["backend"] = model.get_base_model().origin["backend"]
                 row["peak_bytes"] = _variant_peak(args, rank, count, variant)
                 rows.append(row)
                 cells = [row.get(k) for k in ("backward", "both", "step", "step_with_generation")]
@@ -85,8 +88,37 @@ def _main(args: argparse.Namespace) -> int:
                 peak = f"{row['peak_bytes'] / 1e6:,.0f}"
                 name = Path(settings.model.name).name
                 print(" | ".join([name, str(count), str(rank), variant, *shown, peak]), flush=True)
+    if backend_beside(args):
+        rows += _with_unsloth(words, rows)
     write(args, rows)
     return 0
+
+
+def backend_beside(args: argparse.Namespace) -> bool:
+    """Whether unsloth gets rows of its own: it is here, a GPU is, and no backend was asked for."""
+    import torch
+
+    asked = any(item.startswith("model.backend") for item in args.set)
+    there = importlib.util.find_spec("unsloth") is not None
+    return torch.cuda.is_available() and there and not asked
+
+
+def _with_unsloth(words: list[str], ours: list[dict]) -> list[dict]:
+    """The same rows by unsloth, from a process that imports it first; printed, with their ratios
+    to `ours`, which are by transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        more = ["--set", "model.backend=unsloth", "--out", str(out)]
+        done = subprocess.run([sys.executable, "-m", "bbkit.benchmark", *words, *more])
+        if done.returncode:
+            print(f"unsloth: no rows, its process ended with exit code {done.returncode}")
+            return []
+        rows = files.read_json(out)["rows"]
+    for a, b in zip(rows, ours, strict=True):
+        if "seconds" in a:
+            shape = f"K {a['capabilities']}, rank {a['rank']}, {a['variant']}"
+            print(f"step by unsloth / by transformers, {shape}: {a['seconds'] / b['seconds']:.3f}")
+    return rows
 
 
 def write(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -153,7 +185,8 @@ def step_ratios(
     """The same for whole optimiser steps of TRL's trainer and of the capability-aware one.
 
     {"step"} without, {"step_with_generation"} with sampling the completions, which the
-    capability-aware trainer does by bbkit.sampling: the same ones, from the same seed.
+    capability-aware trainer does by bbkit.sampling: the same ones, from the same seed. The latter
+    in {"seconds"} too, the median.
     """
     import torch
     from trl import GRPOTrainer
@@ -186,6 +219,7 @@ def step_ratios(
         name: {
             "step": ratio([t[0] for t in times], [t[0] for t in plain]),
             "step_with_generation": ratio([t[1] for t in times], [t[1] for t in plain]),
+            "seconds": statistics.median(t[1] for t in times),
         }
         for name, times in seconds.items()
     }
@@ -251,7 +285,8 @@ def step(trainer) -> float:
 
 
 def _settings(args: argparse.Namespace, rank: int):
-    return config.load(args.preset, None, [*args.set, f"model.lora_rank={rank}"])
+    fixed = ["model.backend=transformers", *args.set]  # `auto` may be either; `backend_beside`
+    return config.load(args.preset, None, [*fixed, f"model.lora_rank={rank}"])
 
 
 def lora_model(settings):

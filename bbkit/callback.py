@@ -139,8 +139,10 @@ class Recorder(TrainerCallback):
         if "loss" not in logs:
             return  # the summary at the end of training
         if self.skipped:
-            logs = {k: v for k, v in logs.items() if k == "loss" or math.isfinite(float(v))}
-            logs["skipped"] = self.skipped
+            logs = {
+                k: v for k, v in logs.items()
+                if k == "loss" or not _is_number(v) or math.isfinite(float(v))
+            } | {"skipped": self.skipped}  # fmt: skip
         for key in ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(key, 0.0))):
                 raise Unhealthy(

@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,33 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
     assert all(row["peak_bytes"] > 1e7 for row in rows.values())
     table = capsys.readouterr().out
     assert all(f"| {variant} |" in table for variant in benchmark.VARIANTS)
+
+
+def test_unsloth_has_rows_of_its_own_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def run(command, **options):
+        made.append(command)
+        rows = [
+            {"capabilities": 2, "rank": 4, "variant": name, "backend": "unsloth", "seconds": 0.0}
+            for name in benchmark.VARIANTS
+        ]
+        for row in rows[2:]:
+            del row["seconds"]
+        Path(command[-1]).write_text(json.dumps({"rows": rows}))
+        return subprocess.CompletedProcess(command, 0)
+
+    assert list(benchmark.VARIANTS)[:2] == ["plain", "one_pass"]
+    monkeypatch.setattr(benchmark, "_variant_peak", lambda *a: 2e8)
+    monkeypatch.setattr(benchmark, "backend_beside", lambda args: True)
+    monkeypatch.setattr(subprocess, "run", run)
+    out = tmp_path / "figures.json"
+    assert benchmark.main([*SMALL, "--out", str(out)]) == 0
+    backends = [row["backend"] for row in json.loads(out.read_text())["rows"]]
+    half = len(benchmark.VARIANTS)
+    assert backends == ["transformers"] * half + ["unsloth"] * half
+    assert made[0][:5] == [sys.executable, "-m", "bbkit.benchmark", *SMALL[:2]]
+    assert "K 2, rank 4, one_pass: 0.000" in capsys.readouterr().out
 
 
 STEPS = ["--retention", "--rounds", "1", "--replies", "2", "--set", "retention.max_new_tokens=8"]
