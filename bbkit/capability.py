@@ -3,7 +3,7 @@
 Serves the claims on Capability-Aware GRPO, the dynamic hybrid reward and gradient orthogonality:
 one advantage and one gradient per reward, weights that a controller moves, and a combination that
 keeps the capabilities from hurting one another. Raw rewards are logged unweighted, weights and
-coefficients beside them. The paper gives no formulas: this is our reading (README, ledger).
+coefficients beside them. The paper gives no formulas: this is our reading (bbkit/README.md).
 """
 
 import random

@@ -1,7 +1,8 @@
-"""The ledger of a recorded study: README's tables, and the verdict on each claim by its rule.
+"""The ledger of a recorded study: its tables, and the verdict on each claim by its rule.
 
-Serves every claim: `python -m bbkit.comparison RECORD --write README.md` makes README's tables from
-a record (bbkit.recorded); what is compared, and its intervals, are those of bbkit.effects.
+Serves every claim: `python -m bbkit.comparison RECORD --write FILE` makes from a record
+(bbkit.recorded) the tables of README.md and notebooks/recorded/README.md; what is compared, and its
+intervals, are those of bbkit.effects.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
 
 
 def verdict(measure: Mapping[str, Any] | None, sign: int, none: float = 0.0) -> str:
-    """README's rule for an effect which is claimed to lie above (`sign` 1) or below `none`.
+    """The rule for an effect which is claimed to lie above (`sign` 1) or below `none`.
 
     *reproduced*: the 95 % interval lies on the claimed side. *not reproduced*: it lies on the other
     side, or where no difference matters (a ratio, `none` 1: 0.9 to 1.1; else within 2 points).
@@ -131,7 +132,7 @@ def verdict(measure: Mapping[str, Any] | None, sign: int, none: float = 0.0) -> 
 
 
 def not_lower(measure: Mapping[str, Any] | None) -> str:
-    """README's rule for what is claimed to cost nothing: no more than 2 points lower.
+    """The rule for what is claimed to cost nothing: no more than 2 points lower.
 
     >>> not_lower({"value": 0.0, "interval": [-0.01, 0.01]})
     'reproduced'
@@ -171,7 +172,7 @@ CLAIMS = (
     ("rewards by rules and a model beat rules alone", "grpo", "judged", "domain", 1),
     ("questions of two hops teach more than single facts", "plain", "grpo", "domain", 1),
 )
-# Those that the abstract makes itself: README's first table.
+# Those that the abstract makes itself: README's table.
 MAIN = (
     "aligning to biomedicine costs instruction following",
     "GRPO with the three rewards gives it back",

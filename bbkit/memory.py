@@ -1,8 +1,8 @@
 """What a run takes: bytes of weights, adapter, optimiser, gradients, activations, logits, KV cache.
 
 Said before anything is loaded, so that a card too small is found in a second and not after an hour.
-The arithmetic is of Llama-like decoders (Llama, Qwen2.5, SmolLM2, pocket); README compares it with
-peaks that were measured and that others published.
+The arithmetic is of Llama-like decoders (Llama, Qwen2.5, SmolLM2, pocket); bbkit/README.md
+compares it with peaks that were measured and that others published.
 """
 
 from __future__ import annotations

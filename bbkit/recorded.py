@@ -1,6 +1,6 @@
 """Recorded runs of a study in one small file: what tables, figures and notebooks are made from.
 
-Serves every claim that README states. Kept are a score of each held-out prompt, the reply to the
+Serves every claim that a table states. Kept are a score of each held-out prompt, the reply to the
 first prompt of each data set, what training logged, and the command and versions of each run. No
 prompt of others is.
 """

@@ -1,11 +1,11 @@
-"""A visit to a GPU: tests/test_gpu.py in order of value, each in a process of its own, and README.
+"""A visit to a GPU: tests/test_gpu.py in order of value, each in a process of its own.
 
     PYTHONPATH=.gpu-kit/site:$PWD python3 tests/gpu_visit.py --deadline 500 --out DIR [--tiny]
     python tests/gpu_visit.py --readme DIR/gpu.json
 
 The first, from the repository's root, leaves DIR/gpu.json: machine, versions, commit, figures, how
 each test ended. One that fails or hangs costs itself alone, none begins after the deadline, and the
-file is whole after each. The second writes the figures into README.md.
+file is whole after each. The second writes the figures into bbkit/README.md.
 
 .gpu-kit/site is a folder of unpacked wheels, where that machine has no network and lacks some; of
 pytest these are enough, for `pip download --no-deps --only-binary=:all: -d wheels` and then
@@ -114,11 +114,11 @@ def table(found: dict) -> str:
 
 
 def filled(text: str, found: dict) -> str:
-    """README with its block of GPU figures made from a visit."""
+    """bbkit/README.md with its block of GPU figures made from a visit."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not end:
-        raise ValueError(f"no block {BEGIN.strip()} to {END} in README.md; add these lines")
+        raise ValueError(f"no block {BEGIN.strip()} to {END} in bbkit/README.md; add them")
     return f"{head}{begin}{table(found)}\n{end}{tail}"
 
 
@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--readme", type=Path, metavar="FILE", help="write a visit's figures, run none")
     args = p.parse_args(argv)
     if args.readme:
-        readme, found = ROOT / "README.md", json.loads(args.readme.read_text())
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+        page, found = ROOT / "bbkit" / "README.md", json.loads(args.readme.read_text())
+        page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
         return 0
     if unknown := [name for name in args.only.split(",") if name not in TESTS]:
         p.error(f"--only {unknown[0]}: use names of {', '.join(TESTS)}")

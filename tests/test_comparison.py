@@ -190,15 +190,24 @@ def test_noise_is_joined_over_the_seeds_that_show_a_signal():
     assert effects.noise_by_entropy(kept, "full") is None
 
 
-def test_readme_says_what_the_records_say():
-    """Stale? python -m bbkit.comparison notebooks/recorded/pocket.json --write README.md"""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for block in ("arms", "changes", "claims", "hypotheses"):
-        assert f"<!-- pocket {block} -->" in text
-    for path in sorted(RECORDED.parent.glob("*.json")):
-        kept = read_json(path)
-        if "runs" in kept:
-            assert comparison.filled(text, kept, path.stem) == text
+STUDIES = (
+    "pocket arms", "pocket changes", "pocket claims", "pocket hypotheses", "pocket later",
+    "smollm2 arms", "smollm2 attempted", "smollm2 changes", "smollm2 sources",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [(ROOT / "README.md", ("pocket main",)), (RECORDED.parent / "README.md", STUDIES)],
+    ids=["front", "recorded"],
+)
+def test_pages_say_what_the_records_say(page, blocks):
+    """Stale? python -m bbkit.comparison notebooks/recorded/pocket.json --write PAGE"""
+    text = page.read_text(encoding="utf-8")
+    for block in blocks:
+        assert text.count(f"<!-- {block} -->\n") == 1, block
+    for path in (RECORDED, RECORDED.parent / "smollm2.json"):
+        assert comparison.filled(text, recorded.read(path), path.stem) == text
 
 
 def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
@@ -249,7 +258,7 @@ def test_figures_of_a_record(tmp_path):
 
 
 def test_the_page_of_both_regimes_shows_its_record(monkeypatch):
-    """Stale? The second command of notebooks/recorded/README.md makes it again."""
+    """Stale? The last commands of notebooks/recorded/README.md make it again."""
     page = (RECORDED.parent / "README.md").read_text(encoding="utf-8")
     kept = recorded.read(RECORDED.parent / "retention.json")
     assert comparison.filled(page, kept, "retention") == page

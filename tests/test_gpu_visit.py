@@ -1,4 +1,4 @@
-"""The visit to a GPU, without one: what fails or hangs costs itself, and README is filled."""
+"""The visit to a GPU, without one: what fails or hangs costs itself, and a page is filled."""
 
 import json
 import subprocess
@@ -51,12 +51,14 @@ def test_none_begins_after_the_deadline_and_none_outlasts_it(tmp_path, monkeypat
     assert [t["ended"] for t in found["tests"].values()] == ["out of time", "not begun"]
 
 
-def test_readme_is_filled_and_the_rest_of_it_kept(visited, tmp_path, monkeypatch):
+def test_the_page_is_filled_and_the_rest_of_it_kept(visited, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_visit, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("a\n<!-- gpu -->\nnot measured\n<!-- end -->\nb\n")
+    page = tmp_path / "bbkit" / "README.md"
+    page.parent.mkdir()
+    page.write_text("a\n<!-- gpu -->\nnot measured\n<!-- end -->\nb\n")
     for _ in range(2):  # again over its own
         assert gpu_visit.main(["--readme", str(tmp_path / "gpu.json")]) == 0
-        text = (tmp_path / "README.md").read_text()
+        text = page.read_text()
         assert text.startswith("a\n<!-- gpu -->\nCard, torch 2, ") and text.endswith("-->\nb\n")
         assert text.count("| a map | error 0.00231; peak GB 5 |") == 2 and "0123456" in text
         assert "retention (out of time)" in text and "not measured" not in text
@@ -64,10 +66,10 @@ def test_readme_is_filled_and_the_rest_of_it_kept(visited, tmp_path, monkeypatch
         gpu_visit.filled("no marks", visited[1])
 
 
-def test_readme_has_the_block():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert gpu_visit.BEGIN in readme
-    assert gpu_visit.filled(readme, {"rows": [], "tests": {}}).count(gpu_visit.BEGIN) == 1
+def test_the_page_has_the_block():
+    page = (Path(__file__).parents[1] / "bbkit" / "README.md").read_text(encoding="utf-8")
+    assert gpu_visit.BEGIN in page
+    assert gpu_visit.filled(page, {"rows": [], "tests": {}}).count(gpu_visit.BEGIN) == 1
 
 
 def test_without_pytest_it_says_what_to_add(monkeypatch, capsys):
