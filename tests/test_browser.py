@@ -131,6 +131,7 @@ def test_run_all_in_jupyterlab(lab, page, name):
         if reward.count() > bars:
             bars = reward.count()
             reward.first.scroll_into_view_if_needed()
+            page.wait_for_timeout(1500)  # until what came into view is drawn
             picture(page, f"{name}_bar")
         sliders = page.locator(".jupyter-widgets .noUi-target, .widget-slider").count()
         if sliders > widgets:
