@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,23 @@ from bbkit import gradients, sampling, weighting
 from bbkit.errors import InputError
 from bbkit.limits import Limits
 
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Trainer
+else:
+    Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
+
 METRICS = ("euclidean", "adam", "step")
+
+
+class Asked(NamedTuple):
+    """What `capability_aware` was asked for."""
+
+    advantages: str
+    sigma_floor: float
+    controller: str
+    combination: str
+    metric: str
+    control: dict[str, float]
 
 
 class Balance(TrainerCallback, ExportableState):
@@ -74,190 +90,195 @@ def capability_aware(
             raise InputError(f"{what} {name!r}: use one of {', '.join(known)}")
     if metric == "step" and combination != "dual_cone":
         raise InputError(f"metric step: is the dual cone's, not {combination}'s; set dual_cone")
+    asked = Asked(advantages, sigma_floor, controller, combination, metric, control)
+    return type("CapabilityAware", (CapabilityAware, base), {"asked": asked})
 
-    class CapabilityAware(base):  # type: ignore[misc, valid-type]
-        """GRPO with a gradient per capability; see bbkit.capability.capability_aware."""
 
-        beta: float  # the base class's, assigned to below
-        reward_weights: Tensor
-        _metrics: dict[str, Any]
+class CapabilityAware(Trainer):
+    """GRPO with a gradient per capability; `capability_aware` puts it before a trainer's class."""
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            if self.aux_loss_enabled or self._entropy_bonus_enabled:
-                raise InputError(
-                    "capability-aware GRPO: an entropy bonus or a router's auxiliary loss belongs "
-                    "to no capability; set entropy_coef=0 and router_aux_loss_coef=0"
-                )
-            start = self.reward_weights.tolist()
-            self.controller = weighting.CONTROLLERS[controller](start, **control)
-            self.capabilities = len(start)
-            self.gramian: list | None = None  # of the last step's capabilities
-            self.micro_batches: list[dict] = []  # of this step so far
-            self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
-            # Rows: the capabilities, then the KL penalty, where there is one.
-            self.capture = gradients.Capture(self.model, self.capabilities + bool(self.beta))
-            self.limits: Any = None
-            if metric == "step":
-                self.limits = Limits(self.capture.parameters.values(), self._note)
-            linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-            self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
-            if self.gradient_engine == "replay":
-                print("gradient engine replay: this loss is not linear in the advantages")
-            elif fused := gradients.unfuse(self.model):
-                print(f"gradient engine one_pass: PEFT's forwards, not {fused} fused kernels")
-            self.add_callback(Balance(self))
+    asked: Asked
+    # the trainer's
+    model: Any
+    num_generations: int
+    beta: float
+    reward_weights: Tensor
+    _metrics: dict[str, Any]
 
-        def _generate_single_turn(self, *args, **kwargs):
-            model = self.accelerator.unwrap_model(self.model)
-            # In the precision of the loss: the policy that samples is the one that is trained.
-            with sampling.one_prefill_a_prompt(model), self.accelerator.autocast():
-                return super()._generate_single_turn(*args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled or self._entropy_bonus_enabled:
+            raise InputError(
+                "capability-aware GRPO: an entropy bonus or a router's auxiliary loss belongs "
+                "to no capability; set entropy_coef=0 and router_aux_loss_coef=0"
+            )
+        start = self.reward_weights.tolist()
+        self.controller = weighting.CONTROLLERS[self.asked.controller](start, **self.asked.control)
+        self.capabilities = len(start)
+        self.gramian: list | None = None  # of the last step's capabilities
+        self.micro_batches: list[dict] = []  # of this step so far
+        self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
+        # Rows: the capabilities, then the KL penalty, where there is one.
+        self.capture = gradients.Capture(self.model, self.capabilities + bool(self.beta))
+        self.limits: Any = None
+        if self.asked.metric == "step":
+            self.limits = Limits(self.capture.parameters.values(), self._note)
+        linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+        self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
+        if self.gradient_engine == "replay":
+            print("gradient engine replay: this loss is not linear in the advantages")
+        elif fused := gradients.unfuse(self.model):
+            print(f"gradient engine one_pass: PEFT's forwards, not {fused} fused kernels")
+        self.add_callback(Balance(self))
 
-        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            self.raw_rewards = found
-            if self.model.training:
-                groups = self.num_generations
-                seen = weighting.statistics(found, groups, self.controller.weights)
-                weights = self.controller.update(replace(seen, gramian=self.gramian))
-                self.reward_weights = torch.tensor(weights).to(self.reward_weights)
-                for k, name in enumerate(self.reward_func_names):
-                    if (sigma := seen.sigma[k]) is not None:
-                        self._note(f"sigma/{name}", sigma)
-                    self._note(f"weight/{name}", weights[k])
-            return found
+    def _generate_single_turn(self, *args, **kwargs):
+        model = self.accelerator.unwrap_model(self.model)
+        # In the precision of the loss: the policy that samples is the one that is trained.
+        with sampling.one_prefill_a_prompt(model), self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
 
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            if self.model.training:
-                found = weighting.advantages(
-                    self.raw_rewards, self.num_generations, self.controller.weights, advantages,
-                    sigma_floor,
-                )  # fmt: skip
-                count = len(output["advantages"])
-                start = count * self.accelerator.process_index
-                output["capability_advantages"] = found[start : start + count]
-            return output
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.raw_rewards = found
+        if self.model.training:
+            groups = self.num_generations
+            seen = weighting.statistics(found, groups, self.controller.weights)
+            weights = self.controller.update(replace(seen, gramian=self.gramian))
+            self.reward_weights = torch.tensor(weights).to(self.reward_weights)
+            for k, name in enumerate(self.reward_func_names):
+                if (sigma := seen.sigma[k]) is not None:
+                    self._note(f"sigma/{name}", sigma)
+                self._note(f"weight/{name}", weights[k])
+        return found
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            columns = inputs.get("capability_advantages")
-            if columns is None or not self.model.training:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self.micro_batches.append(inputs)
-            one_pass, kinds = self.gradient_engine == "one_pass", self.capabilities
-            ones = torch.ones_like(columns[:, 0])
-            passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
-            shares = torch.zeros(len(passes) + bool(self.beta), len(ones), len(self.capture))
-            shares = shares.to(columns)
-            shares[0, :, :kinds] = columns
-            if self.beta:
-                passes.append((0 * ones, self.beta))
-                shares[-1, :, kinds] = 1.0
-            value = 0.0
-            for i, (weights, beta) in enumerate(passes):
-                last = i == len(passes) - 1
-                loss = self._loss(inputs | {"advantages": weights}, beta, mute=not last)
-                value = value + loss.detach() * (1.0 if beta else self._worth(i, inputs, columns))
-                if one_pass:
-                    self.capture.next(shares[i])
-                if not last:
-                    self.accelerator.backward(loss)
-                    if not one_pass:
-                        self.capture.take(i)
-            return loss + (value - loss).detach()  # the slope of the last pass, the value of all
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            found = weighting.advantages(
+                self.raw_rewards, self.num_generations, self.controller.weights,
+                self.asked.advantages, self.asked.sigma_floor,
+            )  # fmt: skip
+            count = len(output["advantages"])
+            start = count * self.accelerator.process_index
+            output["capability_advantages"] = found[start : start + count]
+        return output
 
-        def _loss(self, inputs, beta: float, mute: bool):
-            """TRL's loss, of the bare model: DDP would sum up gradients that nobody asked for."""
-            model, kept = self.accelerator.unwrap_model(self.model), (self.beta, self._metrics)
-            self.beta = beta
-            if mute:  # each call would log once more
-                self._metrics = {mode: defaultdict(list) for mode in self._metrics}
-            loss = super().compute_loss(model, inputs)
-            self.beta, self._metrics = kept
-            return loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        columns = inputs.get("capability_advantages")
+        if columns is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.micro_batches.append(inputs)
+        one_pass, kinds = self.gradient_engine == "one_pass", self.capabilities
+        ones = torch.ones_like(columns[:, 0])
+        passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
+        shares = torch.zeros(len(passes) + bool(self.beta), len(ones), len(self.capture))
+        shares = shares.to(columns)
+        shares[0, :, :kinds] = columns
+        if self.beta:
+            passes.append((0 * ones, self.beta))
+            shares[-1, :, kinds] = 1.0
+        value = 0.0
+        for i, (weights, beta) in enumerate(passes):
+            last = i == len(passes) - 1
+            loss = self._loss(inputs | {"advantages": weights}, beta, mute=not last)
+            value = value + loss.detach() * (1.0 if beta else self._worth(i, inputs, columns))
+            if one_pass:
+                self.capture.next(shares[i])
+            if not last:
+                self.accelerator.backward(loss)
+                if not one_pass:
+                    self.capture.take(i)
+        return loss + (value - loss).detach()  # the slope of the last pass, the value of all
 
-        def _worth(self, i: int, inputs, columns) -> Any:
-            """What the value of pass i counts for in the loss that is logged, GRPO's own."""
-            if self.gradient_engine == "replay":
-                return self.controller.weights[i]
-            total = columns @ torch.tensor(self.controller.weights).to(columns)
-            tokens = inputs["completion_mask"].sum(1) if self.loss_type != "grpo" else 1.0
-            return (total * tokens).sum() / (torch.ones_like(total) * tokens).sum()
+    def _loss(self, inputs, beta: float, mute: bool):
+        """TRL's loss, of the bare model: DDP would sum up gradients that nobody asked for."""
+        model, kept = self.accelerator.unwrap_model(self.model), (self.beta, self._metrics)
+        self.beta = beta
+        if mute:  # each call would log once more
+            self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        loss = super().compute_loss(model, inputs)
+        self.beta, self._metrics = kept
+        return loss
 
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            one_pass = self.gradient_engine == "one_pass"
-            with gradients.watch(self.model, self.capture) if one_pass else nullcontext():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            if one_pass and self.capture.missed:
-                missed = self.capture.missed
-                print(f"gradient engine replay: {len(missed)} matrices missed, first {missed[0]}")
-                self.gradient_engine = "replay"
-                self.capture.clear()
-                self.capture.drop()
-                again, self.micro_batches = self.micro_batches, []
-                for inputs in again:
-                    with self.compute_loss_context_manager():
-                        self.accelerator.backward(self.compute_loss(model, inputs))
-                    self._take_last()
-            elif not one_pass:
+    def _worth(self, i: int, inputs, columns) -> Any:
+        """What the value of pass i counts for in the loss that is logged, GRPO's own."""
+        if self.gradient_engine == "replay":
+            return self.controller.weights[i]
+        total = columns @ torch.tensor(self.controller.weights).to(columns)
+        tokens = inputs["completion_mask"].sum(1) if self.loss_type != "grpo" else 1.0
+        return (total * tokens).sum() / (torch.ones_like(total) * tokens).sum()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        one_pass = self.gradient_engine == "one_pass"
+        with gradients.watch(self.model, self.capture) if one_pass else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if one_pass and self.capture.missed:
+            missed = self.capture.missed
+            print(f"gradient engine replay: {len(missed)} matrices missed, first {missed[0]}")
+            self.gradient_engine = "replay"
+            self.capture.clear()
+            self.capture.drop()
+            again, self.micro_batches = self.micro_batches, []
+            for inputs in again:
+                with self.compute_loss_context_manager():
+                    self.accelerator.backward(self.compute_loss(model, inputs))
                 self._take_last()
-            if self.accelerator.sync_gradients:
-                began = time.perf_counter()
-                self._combine()
-                self._note("seconds/combination", time.perf_counter() - began)
-            return loss
+        elif not one_pass:
+            self._take_last()
+        if self.accelerator.sync_gradients:
+            began = time.perf_counter()
+            self._combine()
+            self._note("seconds/combination", time.perf_counter() - began)
+        return loss
 
-        def _take_last(self) -> None:
-            """The gradient of the last pass, which the trainer itself has sent back."""
-            self.capture.take(self.capabilities if self.beta else self.capabilities - 1)
+    def _take_last(self) -> None:
+        """The gradient of the last pass, which the trainer itself has sent back."""
+        self.capture.take(self.capabilities if self.beta else self.capabilities - 1)
 
-        def _combine(self) -> None:
-            """Put the combined gradient where the optimiser reads it, and log its parts."""
-            capture, kinds, names = self.capture, self.capabilities, self.reward_func_names
-            rows = capture.gradients
-            if self.accelerator.num_processes > 1:
-                rows.copy_(self.accelerator.reduce(rows, "mean"))
-            scaler = self.accelerator.scaler
-            scale = scaler.get_scale() if scaler else 1.0  # of float16's loss
-            if scale != 1.0:
-                rows /= scale
-            inverse = None
-            if metric == "adam":
-                inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
-            gramian = gradients.gramian(rows[:kinds], inverse)
-            if scaler and not gramian.isfinite().all():  # overflowed: the scaler leaves it out
-                capture.put(torch.ones(len(capture)))
-                capture.clear()
-                self.micro_batches = []
-                return
-            # PCGrad draws an order, the same on every rank, and the CPU draws it: torch.manual_seed
-            # would begin each GPU's numbers anew too, from which the completions are drawn.
-            with torch.random.fork_rng(devices=[]):
-                name = f"combination/{self.args.seed}/{self.state.global_step}"
-                torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
-                method = "sum" if metric == "step" else combination
-                found = gradients.combine(gramian, method, self.controller.weights)
-            coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
-            coefficients[:kinds] = found.to(rows)
-            capture.put(coefficients * scale)
-            if metric == "step":  # limits alone may be retention's
-                self.limits.watch(self.optimizer)
-                for name, row in zip(names, rows, strict=False):
-                    self.limits.add(f"step/{name}", row.clone(), 0.0)
-            cosines = gradients.cosines(gramian)
-            for j, name in enumerate(names):
-                self._note(f"coefficient/{name}", found[j].item())
-                self._note(f"gradient_norm/{name}", rows[j].norm().item())
-                for k in range(j):
-                    self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
-            self.gramian = gramian.tolist()
-            if self.observed is not None:
-                self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
+    def _combine(self) -> None:
+        """Put the combined gradient where the optimiser reads it, and log its parts."""
+        capture, kinds, names = self.capture, self.capabilities, self.reward_func_names
+        rows = capture.gradients
+        if self.accelerator.num_processes > 1:
+            rows.copy_(self.accelerator.reduce(rows, "mean"))
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0  # of float16's loss
+        if scale != 1.0:
+            rows /= scale
+        inverse = None
+        if self.asked.metric == "adam":
+            inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
+        gramian = gradients.gramian(rows[:kinds], inverse)
+        if scaler and not gramian.isfinite().all():  # overflowed: the scaler leaves it out
+            capture.put(torch.ones(len(capture)))
             capture.clear()
             self.micro_batches = []
+            return
+        # PCGrad draws an order, the same on every rank, and the CPU draws it: torch.manual_seed
+        # would begin each GPU's numbers anew too, from which the completions are drawn.
+        with torch.random.fork_rng(devices=[]):
+            name = f"combination/{self.args.seed}/{self.state.global_step}"
+            torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
+            method = "sum" if self.asked.metric == "step" else self.asked.combination
+            found = gradients.combine(gramian, method, self.controller.weights)
+        coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
+        coefficients[:kinds] = found.to(rows)
+        capture.put(coefficients * scale)
+        if self.asked.metric == "step":  # limits alone may be retention's
+            self.limits.watch(self.optimizer)
+            for name, row in zip(names, rows, strict=False):
+                self.limits.add(f"step/{name}", row.clone(), 0.0)
+        cosines = gradients.cosines(gramian)
+        for j, name in enumerate(names):
+            self._note(f"coefficient/{name}", found[j].item())
+            self._note(f"gradient_norm/{name}", rows[j].norm().item())
+            for k in range(j):
+                self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
+        self.gramian = gramian.tolist()
+        if self.observed is not None:
+            self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
+        capture.clear()
+        self.micro_batches = []
 
-        def _note(self, name: str, value: float) -> None:
-            self._metrics["train"][name].append(value)
-
-    return CapabilityAware
+    def _note(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)

@@ -9,13 +9,18 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bbkit import judge, processes, prompts, rewards
 from bbkit.config import Settings
 from bbkit.prompts import Example
 from bbkit.replies import Reply
 from bbkit.sft import arguments, precision
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Trainer
+else:
+    Trainer = object  # the class is put before TRL's, which unsloth replaces on import
 
 CAPABILITIES = tuple(rewards.REWARDS)
 Judge = Callable[[Sequence[Example], Sequence[str]], list]
@@ -79,75 +84,74 @@ def reward_functions(
     return [named(k, score) for k, score in rewards.REWARDS.items()]
 
 
-def build(
-    model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
-    replies: Sequence[Reply] = (),
-):  # fmt: skip
-    """A capability-aware GRPOTrainer over `order` (see `schedule`) for a model with its LoRA on.
+class Sampling(Trainer):
+    """A GRPOTrainer that also logs the unparsed share and keeps samples for the run folder.
 
-    `replies` are those of the base, which retention keeps.
+    With `sample_at_once`, each part of the completions has random numbers of its own, from
+    seed, step and place, so that two processes draw what one would. `build` puts it before TRL's.
     """
-    import torch
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
-    from bbkit import retention
-    from bbkit.adapters import keep_float32, load_adapter
-    from bbkit.capability import capability_aware
+    order: Sequence[Example]
+    sample_at_once: int
 
-    class Trainer(GRPOTrainer):
-        """TRL's trainer that also logs the unparsed share and keeps samples for the run folder.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """With the KL penalty there are two adapters, of which transformers loads the frozen
+        copy that TRL made, and leaves the one that trains as it is."""
+        from bbkit.adapters import load_adapter
 
-        With `sample_at_once`, each part of the completions has random numbers of its own, from
-        seed, step and place, so that two processes draw what one would.
-        """
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-            """With the KL penalty there are two adapters, of which transformers loads the frozen
-            copy that TRL made, and leaves the one that trains as it is."""
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            load_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+    def _generate_single_turn(self, prompt_ids, *rest):
+        import torch
 
-        def _generate_single_turn(self, prompt_ids, *rest):
-            size = section.sample_at_once
-            if not size:
-                return super()._generate_single_turn(prompt_ids, *rest)
-            first, found = self.accelerator.process_index * len(prompt_ids), []
-            for start in range(0, len(prompt_ids), size):
-                name = f"sample/{settings.run.seed}/{self.state.global_step}/{first + start}"
-                with torch.random.fork_rng():
-                    torch.manual_seed(random.Random(name).getrandbits(63))
-                    some, _ = super()._generate_single_turn(prompt_ids[start : start + size], *rest)
-                found += some
-            return found, None
+        size = self.sample_at_once
+        if not size:
+            return super()._generate_single_turn(prompt_ids, *rest)
+        first, found = self.accelerator.process_index * len(prompt_ids), []
+        for start in range(0, len(prompt_ids), size):
+            name = f"sample/{self.args.seed}/{self.state.global_step}/{first + start}"
+            with torch.random.fork_rng():
+                torch.manual_seed(random.Random(name).getrandbits(63))
+                some, _ = super()._generate_single_turn(prompt_ids[start : start + size], *rest)
+            found += some
+        return found, None
 
-        def _calculate_rewards(self, inputs, prompts_, completions, completion_ids_list):
-            matrix = super()._calculate_rewards(inputs, prompts_, completions, completion_ids_list)
-            asked = [
-                (order[x["index"]], c[0]["content"])
-                for x, c in zip(inputs, completions, strict=True)
-                if order[x["index"]].task != "instruction"
-            ]
-            missed = sum(rewards.answer_given(e, text) is None for e, text in asked)
-            counts = torch.tensor([missed, len(asked)], device=self.accelerator.device)
-            missed, count = self.accelerator.reduce(counts).tolist()
-            self._log_metric("unparsed", missed / max(1, count))
-            self.last_samples = [
-                {
-                    "prompt": order[x["index"]].question,
-                    "reply": c[0]["content"],
-                    "rewards": dict(zip(CAPABILITIES, row, strict=True)),
-                }
-                for x, c, row in zip(inputs, completions, matrix.tolist(), strict=False)
-            ]
-            return matrix
+    def _calculate_rewards(self, inputs, prompts_, completions, completion_ids_list):
+        import torch
+
+        order = self.order
+        matrix = super()._calculate_rewards(inputs, prompts_, completions, completion_ids_list)
+        asked = [
+            (order[x["index"]], c[0]["content"])
+            for x, c in zip(inputs, completions, strict=True)
+            if order[x["index"]].task != "instruction"
+        ]
+        missed = sum(rewards.answer_given(e, text) is None for e, text in asked)
+        counts = torch.tensor([missed, len(asked)], device=self.accelerator.device)
+        missed, count = self.accelerator.reduce(counts).tolist()
+        self._log_metric("unparsed", missed / max(1, count))
+        self.last_samples = [
+            {
+                "prompt": order[x["index"]].question,
+                "reply": c[0]["content"],
+                "rewards": dict(zip(CAPABILITIES, row, strict=True)),
+            }
+            for x, c, row in zip(inputs, completions, matrix.tolist(), strict=False)
+        ]
+        return matrix
+
+
+def configuration(model, settings: Settings, folder: Path):
+    """TRL's GRPOConfig for the settings of a run; every field that unsloth would change is here."""
+    from trl import GRPOConfig
 
     section = settings.grpo
     completions = section.prompts * section.generations
     passes = processes.share(completions, section.micro_batch_size, "grpo")
     # unsloth's: into how many parts it takes a micro-batch, which one pass reads whole
     own: dict[str, Any] = {k: 1 for k in ("unsloth_grpo_mini_batch",) if hasattr(GRPOConfig, k)}
-    config = GRPOConfig(
+    return GRPOConfig(
         **arguments(section, settings, folder),
         **precision(model),
         gradient_accumulation_steps=passes,
@@ -170,11 +174,30 @@ def build(
         log_completions=False,
         **own,
     )
+
+
+def build(
+    model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
+    replies: Sequence[Reply] = (),
+):  # fmt: skip
+    """A capability-aware GRPOTrainer over `order` (see `schedule`) for a model with its LoRA on.
+
+    `replies` are those of the base, which retention keeps.
+    """
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    from bbkit import retention
+    from bbkit.adapters import keep_float32
+    from bbkit.capability import capability_aware
+
+    section = settings.grpo
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
     )
+    own = {"order": order, "sample_at_once": section.sample_at_once}
     aware = capability_aware(
-        Trainer,
+        type("Sampling", (Sampling, GRPOTrainer), own),
         advantages=section.advantages,
         sigma_floor=section.sigma_floor,
         combination=section.combination,
@@ -188,7 +211,7 @@ def build(
         return trainer(
             model=model,
             reward_funcs=reward_functions(order, base_judges, section.judge),
-            args=config,
+            args=configuration(model, settings, folder),
             train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=list(callbacks),

@@ -99,7 +99,7 @@ def trainer_at(args: argparse.Namespace, folder: Path, changed: Mapping[str, Any
     values["run"]["seed"] = args.seed
     settings = config.from_dict(values, str(args.run))
     section = settings.grpo
-    rows = train.load_rows(settings, args.data_dir, args.offline)
+    rows = train.load_rows(settings, args.data_dir)
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     model, tokenizer = models.load(settings.model, offline=args.offline)
     asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))

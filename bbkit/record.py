@@ -240,10 +240,10 @@ class Run:
         """Forget the held-out samples of a stage, before it is evaluated (again)."""
         self._keep(lambda row: row["stage"] != stage or row.get("kind") != "held-out")
 
-    def evaluation(self, stage: str, measures: Mapping[str, Any]) -> None:
-        """Put one stage's measures into evaluation.json."""
+    def evaluation(self, measures: Mapping[str, Any]) -> None:
+        """Put measures by what they are of, such as a stage, into evaluation.json."""
         path = self.folder / "evaluation.json"
-        write_json(path, (read_json(path) if path.exists() else {}) | {stage: measures})
+        write_json(path, (read_json(path) if path.exists() else {}) | dict(measures))
 
     def done(self, stage: str, **facts: Any) -> None:
         """Mark a stage (any name) as finished, so that a resumed run skips it."""

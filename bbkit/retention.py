@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,26 @@ from bbkit.limits import Limits
 from bbkit.prompts import LOGITS
 from bbkit.replies import Reply
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
+
 RULES = ("penalty", "step", "cone")
+
+
+class Keeps(NamedTuple):
+    """What `keeping` was asked for."""
+
+    replies: Any
+    rule: str
+    weight: float
+    budget: float
+    recovery: float
+    per_step: int
+    most: int
+    max_new_tokens: int
+    base: Any
 
 
 def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[tuple]:
@@ -148,122 +167,127 @@ def keeping(
     """
     if rule not in RULES:
         raise InputError(f"retention rule {rule!r}: use one of {', '.join(RULES)}")
+    keeps = Keeps(replies, rule, weight, budget, recovery, per_step, count, max_new_tokens, base)
+    return type("Keeping", (Keeping, trainer), {"keeps": keeps})
 
-    class Keeping(trainer):  # type: ignore[misc, valid-type]
-        """A trainer that keeps what its base was; see bbkit.retention.keeping."""
 
-        limits: Limits | None = None  # that of bbkit.capability, or ours
+class Keeping(Trainer):
+    """A trainer that keeps what its base was; `keeping` puts it before a trainer's class."""
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._noted: dict[str, list[float]] = defaultdict(list)
-            self._kept: list[tuple[list[int], int]] = []
-            self._trained = [p for p in self.model.parameters() if p.requires_grad]
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise InputError("retention: not with FSDP or DeepSpeed, which scatter the weights")
-            if base is None and not hasattr(self.model, "disable_adapter"):
-                raise InputError(
-                    "retention: this model trains its own weights and has no adapter to switch off "
-                    "for its base: pass keeping(..., base=a frozen copy), or peft_config"
-                )
-            if base is not None:
-                base.to(self.accelerator.device).eval()
-            if rule != "penalty" and self.limits is None:
-                self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
+    keeps: Keeps
+    model: Any  # the trainer's
+    limits: Limits | None = None  # that of bbkit.capability, or ours
 
-        def _base(self):
-            if base is not None:
-                return nullcontext(base)
-            return _off(self.accelerator.unwrap_model(self.model))
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            value = super().training_step(model, inputs, num_items_in_batch)
-            if self.accelerator.sync_gradients:
-                self._kept = self._kept or self._made()
-                began = time.perf_counter()
-                self._keep(self.accelerator.unwrap_model(self.model))
-                self._noted["seconds/retention"].append(time.perf_counter() - began)
-            return value
-
-        def _keep(self, model) -> None:
-            """Put the rule into the gradients of the step, or in the way of it."""
-            own = [p.grad for p in self._trained]
-            for p in self._trained:
-                p.grad = None
-            level = self._backward(model)
-            rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
-            self._noted["retention/kl"].append(level)
-            share = weight if rule == "penalty" else self._against(own, rows)
-            for p, mine, row in zip(self._trained, own, rows, strict=True):
-                p.grad = mine if not share else row * share if mine is None else mine + share * row
-            if self.limits is not None:
-                scaler = self.accelerator.scaler
-                flat = torch.cat([row.flatten().float() for row in rows])
-                flat = flat / (scaler.get_scale() if scaler else 1.0)
-                bound = recovery * (budget - level) if rule == "step" else float("inf")
-                self.limits.watch(self.optimizer)
-                self.limits.add("retention", flat, bound)
-
-        def _against(self, own, rows) -> float:
-            """How much of ∇L the cone adds to the gradient: what takes its opposition away."""
-            if rule != "cone":
-                return 0.0
-            pairs = [(a, b) for a, b in zip(own, rows, strict=True) if a is not None]
-            dot, size, whole = (
-                sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
-                for some in (pairs, [(b, b) for b in rows], [(a, a) for a, _ in pairs])
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._noted: dict[str, list[float]] = defaultdict(list)
+        self._kept: list[tuple[list[int], int]] = []
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("retention: not with FSDP or DeepSpeed, which scatter the weights")
+        if self.keeps.base is None and not hasattr(self.model, "disable_adapter"):
+            raise InputError(
+                "retention: this model trains its own weights and has no adapter to switch off "
+                "for its base: pass keeping(..., base=a frozen copy), or peft_config"
             )
-            share = max(0.0, -dot / size) if size else 0.0
-            self._noted["retention/cut"].append(share * (size / whole) ** 0.5 if whole else 0.0)
-            return share
+        if self.keeps.base is not None:
+            self.keeps.base.to(self.accelerator.device).eval()
+        if self.keeps.rule != "penalty" and self.limits is None:
+            self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
 
-        def _backward(self, model) -> float:
-            """Gradients of L on this step's replies into `.grad`, the mean over processes; L."""
-            rank, world = self.accelerator.process_index, self.accelerator.num_processes
-            drawn = random.Random(f"replies/{self.args.seed}/{self.state.global_step}")
-            chosen = drawn.sample(self._kept, min(per_step, len(self._kept)))
-            tokens = sum(len(whole) - asked for whole, asked in chosen)
-            total = torch.zeros((), device=self.accelerator.device)
-            words = model.config.get_text_config().vocab_size
-            for part in batches(chosen[rank::world], words):
-                with _without_dropout(model):  # over the backward pass too, which may compute anew
-                    with self.compute_loss_context_manager():
-                        loss = divergence(model, self._base, part) / tokens
-                    self.accelerator.backward(loss)
-                total += loss.detach()
-            if world > 1:
-                total = self.accelerator.reduce(total, "sum")
-                for p in self._trained:
-                    mine = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = self.accelerator.reduce(mine, "sum")
-            return total.item()
+    def _base(self):
+        if self.keeps.base is not None:
+            return nullcontext(self.keeps.base)
+        return _off(self.accelerator.unwrap_model(self.model))
 
-        def _made(self) -> list[tuple[list[int], int]]:
-            """The replies as tokens, made before the first step, and again after a resume."""
-            from accelerate.utils import broadcast_object_list
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        value = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._kept = self._kept or self._made()
+            began = time.perf_counter()
+            self._keep(self.accelerator.unwrap_model(self.model))
+            self._noted["seconds/retention"].append(time.perf_counter() - began)
+        return value
 
-            found: list = [None]
-            if self.accelerator.is_main_process:
-                with self._base() as frozen:
-                    found[0] = _replies(
-                        frozen, getattr(self.processing_class, "tokenizer", self.processing_class),
-                        replies, self.args.seed, count, max_new_tokens,
-                    )  # fmt: skip
-            broadcast_object_list(found)
-            longest = getattr(self.args, "max_length", None) or 10**6
-            rows = [((r.prompt_ids + r.reply_ids)[:longest], len(r.prompt_ids)) for r in found[0]]
-            rows = [(whole, asked) for whole, asked in rows if 0 < asked < len(whole)]
-            if not rows:
-                raise InputError("retention: no reply of the base fits into max_length; raise it")
-            return rows
+    def _keep(self, model) -> None:
+        """Put the rule into the gradients of the step, or in the way of it."""
+        own = [p.grad for p in self._trained]
+        for p in self._trained:
+            p.grad = None
+        level = self._backward(model)
+        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+        self._noted["retention/kl"].append(level)
+        share = self.keeps.weight if self.keeps.rule == "penalty" else self._against(own, rows)
+        for p, mine, row in zip(self._trained, own, rows, strict=True):
+            p.grad = mine if not share else row * share if mine is None else mine + share * row
+        if self.limits is not None:
+            scaler = self.accelerator.scaler
+            flat = torch.cat([row.flatten().float() for row in rows])
+            flat = flat / (scaler.get_scale() if scaler else 1.0)
+            keeps = self.keeps
+            bound = keeps.recovery * (keeps.budget - level)
+            self.limits.watch(self.optimizer)
+            self.limits.add("retention", flat, bound if keeps.rule == "step" else float("inf"))
 
-        def log(self, logs, *args, **kwargs):
-            if "loss" in logs:
-                logs = {**logs, **{k: sum(v) / len(v) for k, v in self._noted.items()}}
-                self._noted.clear()
-            return super().log(logs, *args, **kwargs)
+    def _against(self, own, rows) -> float:
+        """How much of ∇L the cone adds to the gradient: what takes its opposition away."""
+        if self.keeps.rule != "cone":
+            return 0.0
+        pairs = [(a, b) for a, b in zip(own, rows, strict=True) if a is not None]
+        dot, size, whole = (
+            sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
+            for some in (pairs, [(b, b) for b in rows], [(a, a) for a, _ in pairs])
+        )
+        share = max(0.0, -dot / size) if size else 0.0
+        self._noted["retention/cut"].append(share * (size / whole) ** 0.5 if whole else 0.0)
+        return share
 
-    return Keeping
+    def _backward(self, model) -> float:
+        """Gradients of L on this step's replies into `.grad`, the mean over processes; L."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = random.Random(f"replies/{self.args.seed}/{self.state.global_step}")
+        chosen = drawn.sample(self._kept, min(self.keeps.per_step, len(self._kept)))
+        tokens = sum(len(whole) - asked for whole, asked in chosen)
+        total = torch.zeros((), device=self.accelerator.device)
+        words = model.config.get_text_config().vocab_size
+        for part in batches(chosen[rank::world], words):
+            with _without_dropout(model):  # over the backward pass too, which may compute anew
+                with self.compute_loss_context_manager():
+                    loss = divergence(model, self._base, part) / tokens
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if world > 1:
+            total = self.accelerator.reduce(total, "sum")
+            for p in self._trained:
+                mine = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = self.accelerator.reduce(mine, "sum")
+        return total.item()
+
+    def _made(self) -> list[tuple[list[int], int]]:
+        """The replies as tokens, made before the first step, and again after a resume."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list = [None]
+        if self.accelerator.is_main_process:
+            with self._base() as frozen:
+                found[0] = _replies(
+                    frozen, getattr(self.processing_class, "tokenizer", self.processing_class),
+                    self.keeps.replies, self.args.seed, self.keeps.most,
+                    self.keeps.max_new_tokens,
+                )  # fmt: skip
+        broadcast_object_list(found)
+        longest = getattr(self.args, "max_length", None) or 10**6
+        rows = [((r.prompt_ids + r.reply_ids)[:longest], len(r.prompt_ids)) for r in found[0]]
+        rows = [(whole, asked) for whole, asked in rows if 0 < asked < len(whole)]
+        if not rows:
+            raise InputError("retention: no reply of the base fits into max_length; raise it")
+        return rows
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = {**logs, **{k: sum(v) / len(v) for k, v in self._noted.items()}}
+            self._noted.clear()
+        return super().log(logs, *args, **kwargs)
 
 
 def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Reply]) -> type:

@@ -97,7 +97,7 @@ def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> 
     fixed = [f"retention.replies={2 * max(args.replies)}", *args.set]
     fixed += ["sft.warmup_steps=0", "grpo.warmup_steps=0"]  # a first step that goes somewhere
     settings = config.load(args.preset, None, fixed)
-    rows = train.load_rows(settings, args.data_dir, offline=True)
+    rows = train.load_rows(settings, args.data_dir)
     asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
     order = grpo.schedule(
         asked, general, 1, settings.grpo.prompts, settings.grpo.instruction_share, settings.run.seed

@@ -78,15 +78,13 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
     processes.join()
     resume = record.resolve_resume(args.resume, out)
-    rows = load_rows(settings, args.data_dir, args.offline)
+    rows = load_rows(settings, args.data_dir)
     with record.Run(resume or out, config.to_dict(settings), command, resume) as run:
         execute(run, settings, rows, stages, args.data_dir, args.offline)
     return 0
 
 
-def load_rows(
-    settings: Settings, data_dir: Path | None, offline: bool = False
-) -> dict[str, list[Example]]:
+def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Example]]:
     """The rows of each stage, `sft`, `grpo` and `held_out`, checked before any training.
 
     Raises InputError where a test split would be trained on, a row breaks the rewards (gold must
@@ -168,8 +166,7 @@ def execute(
     with held_back():
         import torch
 
-        from bbkit import adapters, broad, data, elsewhere, grpo, models, prompts, report, sft
-        from bbkit.callback import Recorder
+        from bbkit import adapters, broad, data, elsewhere, models, prompts, report
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
@@ -179,6 +176,9 @@ def execute(
         changed = settings.data.allow_changed
         ifeval = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     model, tokenizer = models.load(settings.model, offline=offline)
+    with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
+        from bbkit.callback import Recorder
+
     names = sorted({*settings.data.sft, *settings.data.grpo})
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
@@ -189,7 +189,6 @@ def execute(
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
             evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
 
-    asked, general = ([rows["grpo"][i] for i in part] for part in axes(rows["grpo"]))
     left = {s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps}
     left = {s for s in left if not run.is_done(s)}
     guarded = {*settings.retention.stages} if settings.retention.rule != "none" else set()
@@ -203,30 +202,12 @@ def execute(
     model = adapters.add_lora(model, settings.model, settings.run.seed)
     tuned = False
     for stage in ("sft", "grpo"):
-        section = getattr(settings, stage)
-        adapter = run.folder / stage / "adapter"
         if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
-            adapters.load_adapter(model, adapter)
-        elif stage in stages and section.steps:
-            hooks = Recorder(run, stage, section.steps, settings)
-            if stage == "sft":
-                trainer = sft.build(
-                    model, tokenizer, rows["sft"], settings, adapter.parent, [hooks], kept
-                )
-            else:
-                order = grpo.schedule(
-                    asked, general, section.steps, section.prompts, section.instruction_share,
-                    settings.run.seed,
-                )  # fmt: skip
-                trainer = grpo.build(
-                    model, tokenizer, order, settings, adapter.parent, [hooks], kept
-                )
-            hooks.train(trainer)
-            if stage == "sft":
-                adapters.average_with_base(model, section.averaging)
-            if run.writes:
-                adapters.save_adapter(model, adapter)
-            run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
+            adapters.load_adapter(model, run.folder / stage / "adapter")
+        elif stage in left:
+            steps = getattr(settings, stage).steps
+            hooks = Recorder(run, stage, steps, settings)
+            train_stage(hooks, model, tokenizer, rows[stage], kept)
         else:
             continue
         tuned = True
@@ -235,6 +216,32 @@ def execute(
         if tuned:
             adapters.save_adapter(model, run.folder / "adapter")
         print(f"report: {report.write(run.folder)}")
+
+
+def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence[Reply]) -> None:
+    """Train the adapter on the rows of the stage of `hooks`, from its newest checkpoint; save it.
+
+    `hooks` are a bbkit.callback.Recorder, `kept` the base's replies.
+    """
+    from bbkit import adapters, grpo, sft
+
+    run, stage, settings = hooks.run, hooks.stage, hooks.settings
+    section, folder = getattr(settings, stage), run.folder / stage
+    if stage == "sft":
+        trainer = sft.build(model, tokenizer, rows, settings, folder, [hooks], kept)
+    else:
+        asked, general = ([rows[i] for i in part] for part in axes(rows))
+        order = grpo.schedule(
+            asked, general, section.steps, section.prompts, section.instruction_share,
+            settings.run.seed,
+        )  # fmt: skip
+        trainer = grpo.build(model, tokenizer, order, settings, folder, [hooks], kept)
+    hooks.train(trainer)
+    if stage == "sft":
+        adapters.average_with_base(model, section.averaging)
+    if run.writes:
+        adapters.save_adapter(model, folder / "adapter")
+    run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
 
 
 def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:
@@ -271,12 +278,14 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     folder.mkdir(exist_ok=True)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found + texts))
     files.write_bytes(folder / f"{stage}.jsonl", lines.encode())
-    run.evaluation(stage, evaluate.summary(found + texts, section.bootstrap))
     trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
-    run.evaluation("baseline", evaluate.baselines(trained, held_out, section.bootstrap))
-    written = report.item_rows(run.folder)
-    run.evaluation("difference", evaluate.changes(written, section.bootstrap))
-    run.evaluation("kl", evaluate.divergences(written, section.bootstrap))
+    written, draws = report.item_rows(run.folder), section.bootstrap
+    run.evaluation({
+        stage: evaluate.summary(found + texts, draws),
+        "baseline": evaluate.baselines(trained, held_out, draws),
+        "difference": evaluate.changes(written, draws),
+        "kl": evaluate.divergences(written, draws),
+    })  # fmt: skip
     step = 0 if stage == "base" else getattr(settings, stage).steps
     for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:
         shown = {

@@ -25,8 +25,8 @@ def run(tmp_path_factory):
     with record.Run(folder, config.to_dict(settings), command) as opened:
         adapters.save_adapter(model, folder / "adapter")
         share = {"value": 0.5, "n": 40, "interval": [0.35, 0.65]}
-        opened.evaluation("base", {"domain": share})
-        opened.evaluation("grpo", {"domain": share | {"value": 0.6}})
+        opened.evaluation({"base": {"domain": share}})
+        opened.evaluation({"grpo": {"domain": share | {"value": 0.6}}})
         opened.done("grpo", seconds=60.0)
     return folder
 

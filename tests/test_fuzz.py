@@ -180,7 +180,7 @@ def run_folder(tmp_path_factory):
             run.log("grpo", step, {"loss": 0.1, "reward/domain": 0.5, "weight/domain": 1.0})
         run.sample("grpo", 2, {"prompt": "p", "reply": "r", "rewards": {"domain": 1.0}})
         measure = {"value": 0.5, "interval": [0.4, 0.6], "n": 4}
-        run.evaluation("base", {"domain": measure, "instruction": measure})
+        run.evaluation({"base": {"domain": measure, "instruction": measure}})
         run.done("grpo")
         (folder / "grpo" / "checkpoint-2").mkdir(parents=True)
         (folder / "grpo" / "checkpoint-2" / "weights").write_bytes(b"x")

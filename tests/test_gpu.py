@@ -204,7 +204,7 @@ def test_retention(figure, tmp_path):
     last: dict[str, float] = {}
     for name, more in ways.items():
         settings = config.load("pocket", None, [*keys, *more])
-        rows = train.load_rows(settings, None, offline=True)
+        rows = train.load_rows(settings, None)
         model, tokenizer = benchmark.lora_model(settings)
         kept = broad.of_run(tmp_path / "replies", model, tokenizer, settings, [], None)
         given = (model, tokenizer, rows["sft"], settings, tmp_path / name)

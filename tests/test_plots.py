@@ -58,7 +58,7 @@ def fake_run(folder: Path, stages=("base", "sft", "grpo"), steps=80) -> Path:
             run.log("grpo", step, row | {"seconds/generate": 1.5})
         for index, stage in enumerate(stages):
             values = {k: measure(v[index], N.get(k, 232)) for k, v in MEASURES.items()}
-            run.evaluation(stage, values)
+            run.evaluation({stage: values})
             for item in range(4):
                 reply = "Yes, ```sure``` | I can." if stage == "base" else "<answer>BCG</answer>"
                 sample = {"prompt": f"Which agent causes disease {item}?"}
@@ -68,16 +68,16 @@ def fake_run(folder: Path, stages=("base", "sft", "grpo"), steps=80) -> Path:
             run.done(stage, seconds=60.0 + index)
         if len(stages) == 3:
             baseline = {"guess_by_name": 0.37, "majority": 0.12, "chance": 0.25}
-            run.evaluation("baseline", {k: measure(v, 232) for k, v in baseline.items()})
+            run.evaluation({"baseline": {k: measure(v, 232) for k, v in baseline.items()}})
             pairs = {"sft-base": (0, 1), "grpo-sft": (1, 2)}
             difference = {
                 key: {k: measure(v[b] - v[a], N.get(k, 232), True) for k, v in MEASURES.items()}
                 for key, (a, b) in pairs.items()
             }
             difference["grpo-sft"]["format"]["interval"] = [-0.01, 0.09]
-            run.evaluation("difference", difference)
+            run.evaluation({"difference": difference})
             nats = {"value": 0.25, "n": 64, "interval": [0.2, 0.31]}
-            run.evaluation("kl", {"sft": nats, "grpo_instruction": nats})
+            run.evaluation({"kl": {"sft": nats, "grpo_instruction": nats}})
     return folder
 
 

@@ -322,8 +322,8 @@ def test_the_manifest_holds_what_a_reader_needs(tmp_path):
     with Run(tmp_path, to_dict(load("pocket")), COMMAND) as run:
         running = read_json(tmp_path / "run.json")
         assert running["status"] == "running" and running["end"] is None
-        run.evaluation("base", {"domain": {"value": 0.5, "n": 2, "interval": [0.0, 1.0]}})
-        run.evaluation("sft", {"domain": {"value": 1.0, "n": 2, "interval": [0.0, 1.0]}})
+        run.evaluation({"base": {"domain": {"value": 0.5, "n": 2, "interval": [0.0, 1.0]}}})
+        run.evaluation({"sft": {"domain": {"value": 1.0, "n": 2, "interval": [0.0, 1.0]}}})
     manifest = read_json(tmp_path / "run.json")
     assert manifest["command"] == "python -m bbkit.train --set 'data.sft=[a, b]'"
     assert manifest["settings"]["model"]["name"] == "pocket"

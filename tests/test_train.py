@@ -97,6 +97,19 @@ def test_ifeval_is_read_before_the_model_and_as_the_settings_say(tmp_path, capsy
     assert "'allow_changed': True" in capsys.readouterr().err
 
 
+def test_nothing_that_unsloth_changes_is_imported_before_it(tmp_path):
+    """unsloth changes transformers, PEFT and TRL as it is imported, by models.choose_backend."""
+    code = (
+        "import sys\nfrom bbkit import models\n"
+        "def choose(*_):\n"
+        "    print('early:', sorted({'transformers', 'trl', 'peft'} & sys.modules.keys()))\n"
+        "    sys.exit(0)\n"
+        "models.choose_backend = choose"
+    )
+    _, text, err = finish(start(*SMALL, "--out", str(tmp_path / "run"), code=code))
+    assert "early: []" in text, text + err
+
+
 def test_a_run_leaves_the_folder_of_the_contract(whole):
     manifest = json.loads((whole / "run.json").read_text())
     assert manifest["status"] == "done"
