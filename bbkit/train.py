@@ -154,6 +154,14 @@ def _some(rows: list[int], most: int) -> list[int]:
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
+def _ifeval(settings: Settings, data_dir: Path | None) -> list[Example]:
+    from bbkit import data
+
+    if not (most := settings.evaluation.ifeval):
+        return []
+    return data.load("ifeval", "test", data_dir, allow_changed=settings.data.allow_changed)[:most]
+
+
 def execute(
     run: record.Run,
     settings: Settings,
@@ -171,10 +179,7 @@ def execute(
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
-    ifeval = []
-    if most := settings.evaluation.ifeval:
-        changed = settings.data.allow_changed
-        ifeval = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
+    ifeval = _ifeval(settings, data_dir)
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.callback import Recorder
