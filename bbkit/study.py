@@ -154,6 +154,8 @@ def _main(args: argparse.Namespace) -> int:
             raise InputError(f"--arms {args.arms}: no arm {arm!r}; use {', '.join(ARMS)}")
     if not all(seed.isdecimal() for seed in args.seeds.split(",")):
         raise InputError(f"--seeds {args.seeds}: whole numbers with commas, as 0,1,2")
+    if args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: 1 or more")
     seeds = [int(seed) for seed in args.seeds.split(",")]
     out = args.out or Path("runs") / f"study-{args.preset}{'-quick' if args.quick else ''}"
     if not args.table:

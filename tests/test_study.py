@@ -191,6 +191,7 @@ def test_another_sft_is_not_carried_over(made, tmp_path):
     [
         (["--arms", "grpo,ful"], "no arm 'ful'; use averaging"),
         (["--seeds", "0,a"], "--seeds 0,a"),
+        (["--jobs", "0"], "--jobs 0: 1 or more"),
     ],
 )
 def test_bad_input_is_one_line(words, said, capsys):
