@@ -131,6 +131,8 @@ def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
     On the CPU whatever the model's device, map by map: a card has no room for all of it unpacked.
     """
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tuned = {p: m for p, m in base.named_modules() if hasattr(m, "get_delta_weight")}
     weights: dict[str, torch.Tensor] = {}
@@ -139,7 +141,7 @@ def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         place = path.removesuffix(".base_layer")
         for key, value in module.named_parameters(recurse=False) if ".lora_" not in path else ():
             if id(value) not in copies:
-                whole = _unpacked(value).detach()
+                whole = dequantize_bnb_weight(value).detach()
                 if key == "weight" and place != path:
                     whole = whole.to(torch.float32, copy=True)
                     whole += tuned[place].get_delta_weight("default").detach()
@@ -179,11 +181,3 @@ def _wrap(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
             wrapped.gradient_checkpointing_enable({"use_reentrant": False})
     protect_4bit(wrapped)
     return wrapped
-
-
-def _unpacked(weight: Any) -> torch.Tensor:
-    if getattr(weight, "quant_state", None) is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, weight.quant_state)

@@ -19,17 +19,9 @@ from bbkit.prompts import Example
 from bbkit.statistics import interval
 
 MEASURES = (
-    "domain",
-    "domain_lenient",
-    "reasoning",
-    "format",
-    "instruction",
-    "instruction_unseen",
-    "unparsed",
-    "ifeval_strict",
-    "ifeval_loose",
-    "ifeval_answer_strict",
-)
+    "domain domain_lenient reasoning format instruction instruction_unseen unparsed "
+    "ifeval_strict ifeval_loose ifeval_answer_strict"
+).split()
 
 
 def lenient(example: Example, reply: str) -> float:
@@ -41,9 +33,8 @@ def lenient(example: Example, reply: str) -> float:
     """
 
     def named(text: str) -> bool:
-        return (
-            re.search(rf"(?<!\w){re.escape(text.casefold())}(?!\w)", reply.casefold()) is not None
-        )
+        whole = rf"(?<!\w){re.escape(text.casefold())}(?!\w)"
+        return bool(re.search(whole, reply.casefold()))
 
     right = any(named(a) for a in (example.answer, *example.synonyms))
     return float(right and not any(named(o) for o in example.options if o != example.answer))
@@ -99,17 +90,13 @@ def ifeval_items(examples: Sequence[Example], replies: Sequence[str]) -> list[di
     final = score_ifeval(rows, [final_answer(r) for r in replies])
     out = []
     for e, reply, whole, answer in zip(examples, replies, raw, final, strict=True):
-        scores = {
-            "ifeval_strict": float(all(whole["strict"])),
-            "ifeval_loose": float(all(whole["loose"])),
-            "ifeval_answer_strict": float(all(answer["strict"])),
-        }
-        out.append(_item(e, reply, scores))
+        verdicts = {"ifeval_strict": whole["strict"], "ifeval_loose": whole["loose"]}
+        verdicts["ifeval_answer_strict"] = answer["strict"]
+        out.append(_item(e, reply, {name: float(all(v)) for name, v in verdicts.items()}))
     return out
 
 
 def _item(e: Example, reply: str, scores: Mapping) -> dict:
-    """One row per reply: what `summary` and `difference` count, and what a reader looks up."""
     return {
         "id": e.id, "task": e.task, "entity": e.entity, "source": e.source,
         "question": e.question, "gold": e.answer, "reply": reply, "scores": dict(scores),
@@ -126,8 +113,8 @@ def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
     for name in (*MEASURES, *nats):
         kept = [r for r in rows if r["scores"].get(name) is not None]
         if kept:
-            values = [r["scores"][name] for r in kept]
-            out[name] = _mean(values, kept, draws, shares=name not in nats)
+            pairs = [(r["scores"][name], cluster(r)) for r in kept]
+            out[name] = _mean(pairs, draws, shares=name not in nats)
     for measure, kinds in elsewhere.by_kind(nats).items():
         if kinds:
             kind = max(kinds, key=lambda k: out[kinds[k]]["value"])
@@ -142,17 +129,18 @@ def divergences(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dic
     {}
     """
     out = {}
-    for stage, items_ in rows.items():
-        known = [r for r in items_ if "kl" in r]
-        for name in (stage, f"{stage}_instruction"):
-            kept = [r for r in known if (r["task"] == "instruction") == (name != stage)]
+    for stage, found in rows.items():
+        for name, general in ((stage, False), (f"{stage}_instruction", True)):
+            kept = [r for r in found if "kl" in r and (r["task"] == "instruction") == general]
             if kept:
-                out[name] = _mean([r["kl"] for r in kept], kept, draws, shares=False)
+                out[name] = _mean([(r["kl"], cluster(r)) for r in kept], draws, shares=False)
     return out
 
 
-def _mean(values: Sequence[float], rows: Sequence[Mapping], draws: int, shares=True) -> dict:
-    low, high = interval(values, [cluster(r) for r in rows], draws, shares)
+def _mean(pairs: Sequence[tuple[float, str]], draws: int, shares: bool) -> dict:
+    """A measure from values and their clusters."""
+    values, clusters = [value for value, _ in pairs], [drawn for _, drawn in pairs]
+    low, high = interval(values, clusters, draws, shares)
     return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
 
 
@@ -169,13 +157,7 @@ def difference(
             if r["scores"].get(name) is not None and (r["source"], r["id"]) in earlier
         ]
         if pairs:
-            values, clusters = [p[0] for p in pairs], [p[1] for p in pairs]
-            low, high = interval(values, clusters, draws, shares=False)
-            out[name] = {
-                "value": sum(values) / len(values),
-                "n": len(values),
-                "interval": [low, high],
-            }
+            out[name] = _mean(pairs, draws, shares=False)
     return out
 
 
@@ -209,9 +191,8 @@ def baselines(
     }
     out = {}
     for name, guess in guesses.items():
-        values = [float(guess(e) == e.answer) for e in asked]
-        low, high = interval(values, [e.entity for e in asked], draws)
-        out[name] = {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
+        pairs = [(float(guess(e) == e.answer), e.entity) for e in asked]
+        out[name] = _mean(pairs, draws, shares=True)
     return out
 
 

@@ -17,8 +17,8 @@ from bbkit.errors import InputError, exit_code
 ASKED = "Name one cause of fever."  # the prompt on which the merged model is held to the adapter
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `python -m bbkit.models`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
     p = argparse.ArgumentParser(
         prog="python -m bbkit.models", description="Leave a run with a model."
     )
@@ -29,12 +29,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = ("auto", "float32", "bfloat16", "float16")
     e.add_argument("--dtype", default="auto", choices=kinds, help="auto: what the base loads as")
     e.add_argument("--offline", action="store_true", help="as for bbkit.train")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code and prints one line for a known error."""
-    args = parser().parse_args(argv)
+    args = p.parse_args(argv)
     return exit_code(lambda: _main(args))
 
 
@@ -75,17 +70,13 @@ def write(
     from bbkit import adapters, models
 
     base, tokenizer = models.load(settings.model, lambda line: None, offline)
-    model = adapters.load_adapter(base, run / "adapter", trainable=False)
+    model = adapters.load_adapter(base, run / "adapter", trainable=False).eval()
     dtype = str(base.dtype).removeprefix("torch.") if dtype == "auto" else dtype
     merged = adapters.merge(model, getattr(torch, dtype)).eval()
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": ASKED}], add_generation_prompt=True,
-        return_tensors="pt", return_dict=True,
-    )  # fmt: skip
+    turns = [{"role": "user", "content": ASKED}]
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
     with torch.no_grad():
-        ours, theirs = (
-            m.eval()(**asked.to(m.device)).logits.float().cpu() for m in (model, merged)
-        )
+        ours, theirs = (m(**asked.to(m.device)).logits.float().cpu() for m in (model, merged))
     (out / "model").mkdir(parents=True)
     with files.guarded(out / "model"):
         merged.save_pretrained(out / "model", safe_serialization=True)

@@ -5,6 +5,7 @@ Serves every claim: what is measured is what is made here.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from bbkit import prompts
 from bbkit.prompts import Example
@@ -23,18 +24,13 @@ def generate(
     """Greedy replies in the order of `examples`; batches hold prompts of like length.
 
     A batch takes at most `batch_tokens` tokens of prompts and replies together, or one prompt.
-    Returns decoded text without special tokens. The model's training mode is restored.
+    Returns decoded text without special tokens. The model is left as it was.
     """
-
-    texts = [
-        tokenizer.apply_chat_template(
-            prompts.messages(e), add_generation_prompt=True, tokenize=False
-        )
-        for e in examples
-    ]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    turns, asked = [prompts.messages(e) for e in examples], []
+    if turns:
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     ends, pad = [tokenizer.eos_token_id], tokenizer.pad_token_id
-    found = greedy(model, encoded, max_new_tokens, batch_tokens, ends, pad, progress)
+    found = greedy(model, asked, max_new_tokens, batch_tokens, ends, pad, progress)
     return tokenizer.batch_decode(found, skip_special_tokens=True)
 
 
@@ -52,21 +48,19 @@ def greedy(
     `pad` may be any token, an end too: padding is masked, and replies are cut by what ends them.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
+    left: Any = {"batch_first": True, "padding_side": "left"}
     # The longest first: what does not fit in memory fails at once, not after an hour.
     order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     found: list[list[int]] = [[] for _ in asked]
     with undisturbed(model):
         while order:
-            width = len(asked[order[0]])
-            most = max(1, batch_tokens // (width + max_new_tokens))
+            most = max(1, batch_tokens // (len(asked[order[0]]) + max_new_tokens))
             chosen, order = order[:most], order[most:]
-            ids = torch.full((len(chosen), width), pad)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, width - len(asked[i]) :] = torch.tensor(asked[i])
-                mask[row, width - len(asked[i]) :] = 1
-            ids, mask = ids.to(model.device), mask.to(model.device)
+            rows = [torch.tensor(asked[i]) for i in chosen]
+            ids = pad_sequence(rows, padding_value=pad, **left).to(model.device)
+            mask = pad_sequence([torch.ones_like(r) for r in rows], **left).to(model.device)
             new = _greedy(model, ids, mask, max_new_tokens, ends, pad)
             for i, tokens in zip(chosen, new, strict=True):
                 found[i] = cut(tokens, ends)
@@ -89,7 +83,7 @@ def undisturbed(model) -> Iterator[None]:
     """Eval mode, and no defaults of the model's own for generation; both come back afterwards.
 
     Such as Qwen's repetition penalty, which a GenerationConfig given to `generate` takes over too,
-    or a cache that is off. A trainer's `use_cache=False` in the model's config does not count.
+    or a cache that is off.
     """
     from transformers import GenerationConfig
 
@@ -106,8 +100,7 @@ def undisturbed(model) -> Iterator[None]:
         for owner, config in zip(owners, kept, strict=True):
             owner.generation_config = config
         for module, mode in modes:  # each its own: a frozen part may have been in eval mode
-            if module.training != mode:
-                module.train(mode)
+            module.training = mode
 
 
 def _greedy(model, ids, mask, max_new_tokens: int, ends: Sequence[int], pad: int):
@@ -166,21 +159,18 @@ def beside_base(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> Iter
 
     `rows` hold the tokens of prompt and reply, and how many are the prompt's, at least one. Both
     are log-probabilities (tokens of the reply, vocabulary) in nats. `model` is a PEFT model in
-    any mode, which is restored at the end; the base is the same model with its adapter off.
+    any mode; the base is the same model with its adapter off.
     """
     import torch
 
-    was_training = model.training
-    model.eval()
-    for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
-        first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        inputs |= {"logits_to_keep": ids.shape[1] - first}
-        with torch.no_grad():
-            ours = model(**inputs).logits
-            with model.disable_adapter():
-                bases = model(**inputs).logits
-        for row, i in enumerate(chosen):
-            reply = slice(rows[i][1] - 1 - first, len(rows[i][0]) - 1 - first)
-            yield i, *(logits[row, reply].float().log_softmax(-1) for logits in (ours, bases))
-    model.train(was_training)
+    with undisturbed(model):
+        for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
+            first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
+            inputs = {"attention_mask": mask, "logits_to_keep": ids.shape[1] - first}
+            with torch.no_grad():
+                ours = model(ids, **inputs).logits
+                with model.disable_adapter():
+                    bases = model(ids, **inputs).logits
+            for row, i in enumerate(chosen):
+                reply = slice(rows[i][1] - 1 - first, len(rows[i][0]) - 1 - first)
+                yield i, *(logits[row, reply].float().log_softmax(-1) for logits in (ours, bases))

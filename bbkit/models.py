@@ -71,8 +71,7 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     tokens = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
     model.config.update(tokens)
     model.generation_config = GenerationConfig(**tokens)
-    if protect_4bit(model) and (wrong := badly_unpacked(model)):
-        say(f"nf4: bitsandbytes unpacks rows of {wrong} weights wrongly here; set it to none")
+    protect_4bit(model)
     model.requires_grad_(False)
     if device.type == "cpu":
         cpu.quicken(model)
@@ -186,24 +185,6 @@ def protect_4bit(model: torch.nn.Module) -> int:
     return len(layers)
 
 
-def badly_unpacked(model: torch.nn.Module) -> str:
-    """Lengths of 4-bit rows that bitsandbytes does not give back on this device, such as "160".
-
-    0.50.2 mixes up rows of 96 or 160 on an AVX512 CPU; normal weights come back to within 9 %.
-    """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    found = {(m.in_features, m.weight.device) for m in layers}
-    wrong = []
-    for length, device in sorted(found, key=str):
-        rows = torch.randn(64, length, generator=torch.Generator().manual_seed(0)).to(device)
-        back = dequantize_4bit(*quantize_4bit(rows, blocksize=64, quant_type="nf4"))
-        if (back - rows).norm() > 0.15 * rows.norm():
-            wrong.append(str(length))
-    return ", ".join(wrong)
-
-
 def _from_transformers(
     settings: ModelSettings, config: Any, path: Path, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -213,14 +194,13 @@ def _from_transformers(
     nf4 |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
     quantization = BitsAndBytesConfig(**nf4) if settings.quantization == "nf4" else None
     source, options = hub.source(path)
-    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+    options |= {"config": config, "dtype": dtype}
     if path.suffix != ".gguf":
         options |= {"quantization_config": quantization, "device_map": {"": device}}
-        options |= {"use_safetensors": True}
-        return _complete(AutoModelForCausalLM.from_pretrained(source, **options))
+        return _read(AutoModelForCausalLM, source, use_safetensors=True, **options)
     # In two steps: transformers can neither quantise nor save what it has read from a gguf file.
     options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _complete(AutoModelForCausalLM.from_pretrained(source, **options))
+    model = _read(AutoModelForCausalLM, source, **options)
     return rebuild(model, model.state_dict(), dtype, device, quantization)
 
 
@@ -231,12 +211,11 @@ def rebuild(
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     options = {"dtype": dtype, "device_map": {"": device}, "quantization_config": quantization}
-    options |= {"config": config, "state_dict": weights, "output_loading_info": True}
-    return _complete(type(model).from_pretrained(None, **options))
+    return _read(type(model), None, config=config, state_dict=weights, **options)
 
 
-def _complete(loaded: Any) -> PreTrainedModel:
-    model, report = loaded
+def _read(kind: Any, source: Path | None, **options: Any) -> PreTrainedModel:
+    model, report = kind.from_pretrained(source, output_loading_info=True, **options)
     wrong = sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])})
     if wrong:  # transformers would train on random numbers in their place, with a warning
         raise ValueError(f"{len(wrong)} weights are missing or misshapen, first {wrong[0]}")
