@@ -181,8 +181,6 @@ def baselines(
     """
     often = Counter(e.answer for e in train)
     asked = [e for e in held_out if e.options]
-    if not asked:
-        return {}
     rng = random.Random(0)
     guesses = {
         "guess_by_name": questions.guess_by_name,
@@ -192,7 +190,8 @@ def baselines(
     out = {}
     for name, guess in guesses.items():
         pairs = [(float(guess(e) == e.answer), e.entity) for e in asked]
-        out[name] = _mean(pairs, draws, shares=True)
+        if pairs:
+            out[name] = _mean(pairs, draws, shares=True)
     return out
 
 
