@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import config, data, files, record, report
+from bbkit import config, data, files, hub, record, report
 from bbkit.errors import InputError, exit_code
 
 ASKED = "Name one cause of fever."  # the prompt on which the merged model is held to the adapter
@@ -34,14 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from bbkit import train
-
     manifest = record.manifest_of(args.run)
     out = args.out or args.run / "export"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: not an empty folder; use another --out, or remove it")
     settings = config.from_dict(manifest["settings"], str(args.run))
-    train.go_private(args.offline or settings.model.name == "pocket")
+    hub.go_private(args.offline or settings.model.name == "pocket")
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the place where it will stand, and moved there whole.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
