@@ -71,7 +71,8 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     tokens = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
     model.config.update(tokens)
     model.generation_config = GenerationConfig(**tokens)
-    protect_4bit(model)
+    if protect_4bit(model) and (wrong := badly_unpacked(model)):
+        say(f"nf4: bitsandbytes unpacks rows of {wrong} weights wrongly here; set it to none")
     model.requires_grad_(False)
     if device.type == "cpu":
         cpu.quicken(model)
@@ -183,6 +184,24 @@ def protect_4bit(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+def badly_unpacked(model: torch.nn.Module) -> str:
+    """Lengths of 4-bit rows that bitsandbytes does not give back on this device, such as "160".
+
+    0.50.2 mixes up rows of 96 or 160 on an AVX512 CPU; normal weights come back to within 9 %.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    found = {(m.in_features, m.weight.device) for m in layers}
+    wrong = []
+    for length, device in sorted(found, key=str):
+        rows = torch.randn(64, length, generator=torch.Generator().manual_seed(0)).to(device)
+        back = dequantize_4bit(*quantize_4bit(rows, blocksize=64, quant_type="nf4"))
+        if (back - rows).norm() > 0.15 * rows.norm():
+            wrong.append(str(length))
+    return ", ".join(wrong)
 
 
 def _from_transformers(
