@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bbkit import comparison, effects, recorded, statistics, study, studyplots, taxes
+from bbkit import arms, comparison, effects, recorded, statistics, studyplots, taxes
 from bbkit.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def test_no_two_arms_look_alike_and_the_rest_are_said_to_be_others():
     kinds = [*studyplots.STYLES.values(), studyplots.OTHER]
     assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(kinds)
     there = effects.arms(recorded.read(RECORDED))  # arms of a study that is over are in its record
-    assert set(studyplots.STYLES) - {"base"} <= {*study.ARMS, *there}
+    assert set(studyplots.STYLES) - {"base"} <= {*arms.ARMS, *there}
     half, none, all_ = ((0.5, 0.5), 1), ((0, 0), 1), ((1, 1), 1)
     kept = record(sft=[none], grpo=[half], random=[all_], judged=[none])
     left, right = studyplots.front(kept).axes

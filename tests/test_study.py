@@ -12,7 +12,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from bbkit import comparison, config, recorded, study
+from bbkit import arms, comparison, config, recorded, study
 from bbkit.errors import InputError, Unhealthy
 from bbkit.files import read_json, read_rows
 
@@ -201,7 +201,7 @@ def test_bad_input_is_one_line(words, said, capsys):
 
 
 def test_an_arm_goes_on_from_the_sft_that_keeps_as_it_does(tmp_path):
-    rows = {row.folder.name: row for row in study.schedule(["alone_full", "alone"], [7], tmp_path)}
+    rows = {row.folder.name: row for row in arms.schedule(["alone_full", "alone"], [7], tmp_path)}
     assert list(rows) == ["sft-7", "step-7", "alone_full-7", "alone-7"]
     assert rows["alone_full-7"].shared == tmp_path / "step-7"
     assert rows["step-7"].shared is None and rows["alone-7"].shared == tmp_path / "sft-7"
@@ -236,7 +236,7 @@ def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_every_arm_resolves():
-    for overrides in study.ARMS.values():
+    for overrides in arms.ARMS.values():
         assert json.dumps(config.to_dict(config.load("pocket", None, [*overrides])))
 
 
@@ -266,7 +266,7 @@ def stand_ins(monkeypatch, seconds: dict[str, float], codes: dict[str, int]) -> 
 
 def test_jobs_run_side_by_side_and_after_what_they_go_on_from(tmp_path, monkeypatch):
     stand_ins(monkeypatch, {}, {})
-    rows = study.schedule(["alone_step", "grpo", "static"], [0, 1], tmp_path)
+    rows = arms.schedule(["alone_step", "grpo", "static"], [0, 1], tmp_path)
     study._run_all(study.parser().parse_args(["--jobs", "3"]), rows)
     spans = {
         row.folder: [float(x) for x in row.folder.with_suffix(".span").read_text().split()]
@@ -280,7 +280,7 @@ def test_jobs_run_side_by_side_and_after_what_they_go_on_from(tmp_path, monkeypa
 
 def test_where_one_of_several_jobs_fails_the_others_are_told_to_stop(tmp_path, monkeypatch):
     stand_ins(monkeypatch, {"static-0": 60}, {"grpo-0": 4})
-    rows = study.schedule(["static", "grpo"], [0], tmp_path)
+    rows = arms.schedule(["static", "grpo"], [0], tmp_path)
     with pytest.raises(Unhealthy, match=r"grpo-0: its run ended with exit code 4; see .*0[.]log"):
         study._run_all(study.parser().parse_args(["--jobs", "2"]), rows)
     assert (tmp_path / "static-0.stopped").exists()
