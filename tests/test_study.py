@@ -98,8 +98,8 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
 def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     file = tmp_path / "study.json"
     words = ["--table", "--seeds", "0", "--out", str(made), "--record", str(file)]
-    for arms in ("grpo", "grpo,orthogonal"):
-        assert study.main([*words, "--arms", arms]) == 0
+    for chosen in ("grpo", "grpo,orthogonal"):
+        assert study.main([*words, "--arms", chosen]) == 0
     kept = recorded.read(file)
     assert set(kept["runs"]) == {"sft-0", "grpo-0", "orthogonal-0"}
     scores = kept["runs"]["sft-0"]["scores"]["sft"]
