@@ -45,6 +45,19 @@ def models(found: Mapping[str, Mapping[int, Rows]]) -> dict[str, list[Sequence[M
     return rows | {arm: [last(r) for r in seeds.values()] for arm, seeds in found.items()}
 
 
+def scores(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[Draws, int]]:
+    """Every measure of each arm's last model with its draws, and the number of seeds; base first.
+
+    `regime` "sft" or "grpo" asks for the arms without, or with, GRPO on domain questions alone.
+    """
+    found = {}
+    for arm, rows in models(arms(kept)).items():
+        alone = arm.partition("_")[0] == "alone"
+        if not regime or arm == "base" or alone == (regime == "grpo"):
+            found[arm] = draws(rows), len(rows)
+    return found
+
+
 def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     """Every measure of one arm: its mean, and the means of `count` resamples of seeds and clusters.
 
@@ -62,20 +75,7 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     sources = sorted({row["source"] for row in asked})
     by_source = [f"{measure} on {s}" for s in sources for measure in BY_SOURCE if len(sources) > 1]
     for name in (*evaluate.MEASURES, *KL, *by_source, *elsewhere.names(runs[0])):
-        measure, _, source = name.partition(" on ")
-        cells: list[dict[str, list[float]]] = []
-        for rows in runs:
-            cells.append({})
-            for row in rows:
-                value = row["scores"].get(measure)
-                if name in KL and (row["task"] == "instruction") == (name != "kl"):
-                    value = row.get("kl")
-                if source and row["source"] != source:
-                    value = None
-                if value is not None:
-                    cell = cells[-1].setdefault(evaluate.cluster(row), [0.0, 0.0])
-                    cell[0] += value
-                    cell[1] += 1
+        cells = [_cells(rows, name) for rows in runs]
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])
             found[name] = statistics.crossed(table, count)
@@ -91,6 +91,21 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     return found
 
 
+def _cells(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
+    """Sum and count of a measure by cluster."""
+    measure, _, source = name.partition(" on ")
+    cells: dict[str, list[float]] = {}
+    for row in rows:
+        value = row["scores"].get(measure)
+        if name in KL and (row["task"] == "instruction") == (name != "kl"):
+            value = row.get("kl")
+        if value is not None and source in ("", row["source"]):
+            cell = cells.setdefault(evaluate.cluster(row), [0.0, 0.0])
+            cell[0] += value
+            cell[1] += 1
+    return cells
+
+
 def told(values: np.ndarray) -> dict[str, Any]:
     """The measure of a value followed by its draws: {"value", "interval"}."""
     import numpy as np
@@ -100,19 +115,23 @@ def told(values: np.ndarray) -> dict[str, Any]:
 
 
 def change(
-    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, count: int = 2000
-) -> tuple[dict[str, np.ndarray], int]:
+    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, per_nat: float = 0.0
+) -> tuple[Draws, int]:
     """Draws of arm `after` minus arm `before` over the seeds of both, and how many these are.
 
-    `base` is the untrained model of either.
+    `base` is the untrained model of either. `equal_kl` is `general` less what goes with the
+    difference in KL, at `per_nat` (`slope`).
     """
     first = found.get("sft" if before == "base" else before, {})
     seeds = sorted(set(first) & set(found.get(after, {})))
     if not seeds:
         return {}, 0
     rows = [first[seed]["base"] if before == "base" else last(first[seed]) for seed in seeds]
-    earlier, later = draws(rows, count), draws([last(found[after][s]) for s in seeds], count)
-    return {k: later[k] - earlier[k] for k in later if k in earlier}, len(seeds)
+    earlier, later = draws(rows), draws([last(found[after][s]) for s in seeds])
+    known = {k: later[k] - earlier[k] for k in later if k in earlier}
+    if {"general", "kl_instruction"} <= set(known):
+        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
+    return known, len(seeds)
 
 
 def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
@@ -169,12 +188,14 @@ def _probed(kept: Mapping[str, Any], arm: str) -> Iterator[tuple[Mapping, Mappin
     None of an arm with rewards, a floor or inner products of its own, which were not probed.
     """
     for name, run in kept["runs"].items():
-        if name.rpartition("-")[0] == arm and run["grpo"] and run["from"]:
-            if any(run["grpo"].get(key, usual) != usual for key, usual in PROBED.items()):
-                continue
-            combined = run["grpo"]["combination"]
-            scheme = run["grpo"]["advantages"] + ("" if combined == "sum" else f" + {combined}")
-            noise = kept["runs"][run["from"]]["noise"] or {}
-            row = noise.get(scheme)
-            if row and None not in (row["ratio"], *row["interval"]):
-                yield row, noise["grpo"]
+        section = run["grpo"]
+        if name.rpartition("-")[0] != arm or not section or not run["from"]:
+            continue
+        if any(section.get(key, usual) != usual for key, usual in PROBED.items()):
+            continue
+        combined = section["combination"]
+        scheme = section["advantages"] + ("" if combined == "sum" else f" + {combined}")
+        noise = kept["runs"][run["from"]]["noise"] or {}
+        row = noise.get(scheme)
+        if row and None not in (row["ratio"], *row["interval"]):
+            yield row, noise["grpo"]

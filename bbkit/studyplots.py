@@ -1,17 +1,17 @@
-"""Figures of a recorded study: the front, forgetting against distance, what training logged.
+"""Figures of a recorded study: fronts, what training logged, the knobs of retention.
 
 Serves the claims ledger: `python -m bbkit.comparison RECORD --figures DIR` draws them. One colour
-of Okabe and Ito's an arm throughout; bars are 95 % intervals over seeds and prompts.
+of Okabe and Ito's an arm; bars are 95 % intervals over seeds and prompts. No tax means two things
+at once: instructions of unseen kinds followed as by the base, and nothing lost elsewhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bbkit import effects, statistics
+from bbkit import effects
 from bbkit.plots import captioned, color, new_figure, percent
 
 if TYPE_CHECKING:
@@ -31,6 +31,18 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 OTHER = {"color": "#AAAAAA", "marker": "x"}  # more arms than a reader can tell apart by colours
 LEVELS = (0.2, 0.4, 0.6)  # of the largest hypervolume shown, drawn as lines of equal product
+# A knob's arms are those whose names end in its value; beside it the value of the arm they change.
+KNOBS = {"weight": ("penalty", 0.2), "budget": ("step", 0.01), "replies": ("penalty", 512)}
+COLORS = "000000 0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 882255 44AA99 999933 777777".split()
+MARKERS = "osD^vP*Xph<>d"  # as many pairs with COLORS as the product: no two ways look alike
+ELSEWHERE = "elsewhere, worst kind: nats above the base"
+
+
+def drawn(kept: Mapping[str, Any]) -> dict[str, Figure | None]:
+    """The figures of a record by name; of the two regimes of tax where it holds their arms."""
+    if "penalty" in effects.arms(kept):
+        return {"front": tax_front(kept), "knobs": knobs(kept)}
+    return {"front": front(kept), "steps": steps(kept)}
 
 
 def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
@@ -44,15 +56,12 @@ def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
     found = effects.arms(kept)
     figure, (axis, right) = new_figure(9.6, 5.2, 1, 2, width_ratios=(3, 2))
     for arm, rows in effects.models(found).items():
-        kind = STYLES.get(arm, OTHER)
-        drawn = effects.draws(rows)
-        (x, *xs), (y, *ys) = (percent(effects.told(drawn[m])) for m in ("general", "domain"))
+        scores, kind = effects.draws(rows), STYLES.get(arm, OTHER)
         if arm not in STYLES:
-            axis.plot(x, y, kind["marker"], color=kind["color"], ms=5, zorder=4)
+            at = (100 * scores[m][0] for m in ("general", "domain"))
+            axis.plot(*at, kind["marker"], color=kind["color"], ms=5, zorder=4)
             continue
-        bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
-        axis.errorbar(x, y, **bars, color=kind["color"], alpha=0.45, lw=1, capsize=2)
-        axis.plot(x, y, kind["marker"], color=kind["color"], ms=9, label=arm, zorder=5)
+        _mark(axis, scores, ("general", "domain"), kind, ms=9, label=arm, zorder=5)
         for row in rows:
             one = effects.draws([row], 0)
             small = 100 * one["general"][0], 100 * one["domain"][0]
@@ -82,6 +91,18 @@ def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
     )
 
 
+def _mark(
+    axis: Axes, scores: effects.Draws, at: tuple[str, str], kind: Mapping[str, Any], **how: Any
+) -> None:
+    """A mark where an arm's scores lie on two measures, with bars; elsewhere is in nats, not %."""
+    (x, *xs), (y, *ys) = (percent(effects.told(scores[m])) for m in at)
+    if at[0] == "elsewhere":
+        x, xs = x / 100, [bound / 100 for bound in xs]
+    wide, high = [[x - xs[0]], [xs[1] - x]], [[y - ys[0]], [ys[1] - y]]
+    axis.errorbar(x, y, high, wide, color=kind["color"], alpha=0.45, lw=1, capsize=2)
+    axis.plot(x, y, ls="", **kind, **how)
+
+
 def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
     """A bar an arm: its hypervolume minus that of `first`; says how many are clear of 0."""
     names: list[str] = []
@@ -103,56 +124,28 @@ def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
     return f"clear of 0 are {above} above and {below} below, the number of seeds in brackets"
 
 
-def forgetting(kept: Mapping[str, Any]) -> Figure | None:
-    """General instruction following lost against KL to the base, a run a mark."""
-    found = effects.arms(kept)
-    per_nat, named = effects.slope(found), set()
-    figure, axis = new_figure(7.2, 4.4)
-    farthest = 0.0
-    for arm, by_seed in found.items():
-        for rows in by_seed.values():
-            tuned, base = (effects.draws([r], 0) for r in (effects.last(rows), rows["base"]))
-            if "kl_instruction" not in tuned or "general" not in tuned:
-                return None
-            x, kind = float(tuned["kl_instruction"][0]), STYLES.get(arm, OTHER)
-            lost = 100 * float(base["general"][0] - tuned["general"][0])
-            label = arm if arm in STYLES else "the others"
-            name = {} if label in named else {"label": label}
-            named.add(label)
-            axis.plot(x, lost, kind["marker"], color=kind["color"], ms=7, **name)
-            farthest = max(farthest, x)
-    axis.plot([0, farthest], [0, -100 * per_nat * farthest], "--", color="#777777", lw=1)
-    axis.axhline(0, color="#999999", lw=0.8)
-    axis.set(xlabel="KL to the base on instructions (nats a token)", xlim=(0, None))
-    axis.set(ylabel="general instruction following lost (points)")
-    axis.legend(ncols=2, frameon=False, fontsize=8.5)
-    return captioned(
-        figure,
-        "What each run forgot against how far it went from the base; the dashed line is the least "
-        f"squares fit through 0, {-100 * per_nat:.0f} points a nat. Below the line less is "
-        "forgotten than the distance lets expect.",
-    )
-
-
-def steps(kept: Mapping[str, Any], arms: tuple[str, ...] = ("grpo", "full")) -> Figure | None:
-    """Rewards, weights and cosines of arms over GRPO's steps, means over seeds."""
-    runs = {
-        arm: [r for name, r in kept["runs"].items() if name.rpartition("-")[0] == arm and r["log"]]
-        for arm in arms
-    }
-    if not all(runs.values()):
-        return None
+def steps(kept: Mapping[str, Any]) -> Figure | None:
+    """Rewards, weights and cosines of `grpo` and `full` over GRPO's steps, means over seeds."""
     figure, axes = new_figure(7.2, 5.6, 3, 1, sharex=True)
-    for arm, line in zip(arms, ("--", "-"), strict=True):
-        for axis, part in zip(axes, ("reward", "weight", "cosine"), strict=True):
-            for key in sorted({k for r in runs[arm] for k in r["log"] if k.startswith(f"{part}/")}):
-                pair = key.split("/")[1:]
-                if part == "cosine" and pair != ["domain", "reasoning"] and pair[-1] != "format":
-                    continue
-                label = f"{arm}, {' and '.join(pair)}" if part != "cosine" or arm == "full" else ""
-                _mean(
-                    axis, [r["log"][key] for r in runs[arm] if key in r["log"]], pair, line, label
-                )
+    parts = dict(zip(("reward", "weight", "cosine"), axes, strict=True))
+    for arm, line in (("grpo", "--"), ("full", "-")):
+        runs = [r for name, r in kept["runs"].items() if name.rpartition("-")[0] == arm]
+        logs = [run["log"] for run in runs if run["log"]]
+        if not logs:
+            return None
+        for key in sorted({key for log in logs for key in log}):
+            part, *pair = key.split("/")
+            if part not in parts or (part == "cosine" and "retention" in pair):
+                continue
+            columns = zip(*(log[key] for log in logs if key in log), strict=False)
+            rows = [[v for v in column if v is not None] for column in columns]
+            x = [i for i, row in enumerate(rows, 1) if row]
+            y = [fmean(row) for row in rows if row]
+            smooth = [fmean(y[max(0, j - 5) : j]) for j in range(1, len(y) + 1)]
+            label = f"{arm}, {pair[0]}"
+            parts[part].plot(x, smooth, line, color=color(pair[0]), lw=1.8, label=label)
+            if len(pair) > 1:
+                parts[part].plot(x, smooth, color=color(pair[1]), lw=1.8, ls=(0, (2, 2)))
     for axis, name in zip(axes, ("mean reward", "weight", "cosine of gradients"), strict=True):
         axis.set(ylabel=name)
     axes[0].legend(ncols=2, frameon=False, fontsize=7.5)
@@ -167,47 +160,97 @@ def steps(kept: Mapping[str, Any], arms: tuple[str, ...] = ("grpo", "full")) -> 
     )
 
 
-def _mean(axis: Axes, series: list[list], pair: list[str], line: str, label: str) -> None:
-    """The mean over runs, smoothed over five steps, in the colour of the (first) reward."""
-    rows = [[v for v in column if v is not None] for column in zip(*series, strict=False)]
-    known = [(i + 1, fmean(row)) for i, row in enumerate(rows) if row]
-    smooth = [fmean(v for _, v in known[max(0, j - 5) : j]) for j in range(1, len(known) + 1)]
-    x = [i for i, _ in known]
-    axis.plot(x, smooth, line, color=color(pair[0]), lw=1.8, label=label or None)
-    if len(pair) > 1:
-        axis.plot(x, smooth, color=color(pair[1]), lw=1.8, ls=(0, (2, 2)))
-
-
-SCHEMES = {"grpo": "grpo", "dr_grpo": "dr_grpo", "gdpo": "gdpo", "capability": "static"}
-
-
-def noise(kept: Mapping[str, Any]) -> Figure | None:
-    """Gradient noise over signal where entropy is low and high, by the scheme of the advantages."""
-    probes = [run["noise"] for run in kept["runs"].values() if run["noise"]]
-    figure, axis = new_figure(7.2, 3.8)
-    seeds = 0
-    for i, (scheme, arm) in enumerate(SCHEMES.items()):
-        kind = STYLES.get(arm, {"color": "#D55E00", "marker": "D"})
-        for at, half in enumerate(("low", "high")):
-            seen = [p[scheme][half] for p in probes if p[scheme][half] and p[scheme][half] > 0]
-            if len(seen) < 2:
-                return None
-            seeds = max(seeds, len(seen))
-            x, found = at + 0.14 * (i - 1.5), statistics.over_seeds([math.log(v) for v in seen])
-            y, (low, high) = math.exp(found["value"]), map(math.exp, found["interval"])
-            axis.errorbar(x, y, [[y - low], [high - y]], color=kind["color"], lw=1, capsize=2)
-            name = {} if at else {"label": scheme}
-            axis.plot(x, y, kind["marker"], color=kind["color"], ms=8, **name)
-            axis.plot([x] * len(seen), seen, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
-    axis.set(yscale="log", ylabel="noise over signal of one group's gradient")
-    axis.set_xticks([0, 1], ["groups of low token entropy", "groups of high token entropy"])
-    axis.legend(ncols=2, frameon=False, fontsize=8.5)
+def tax_front(kept: Mapping[str, Any]) -> Figure:
+    """Domain accuracy against general, and against the worst kind elsewhere, for both regimes."""
+    figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
+    arms, order, joined = effects.arms(kept), list[str](), False
+    for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
+        known = effects.scores(kept, regime)
+        whole = 100 * known.pop("base")[0]["general"][0]
+        most = max(seeds for _, seeds in known.values())
+        for arm, (scores, seeds) in known.items():
+            way = arm.removeprefix("alone_")
+            if any(way.startswith(f"{base}_{knob}_") for knob, (base, _) in KNOBS.items()):
+                continue
+            if way not in order:
+                order.append(way)
+            i = order.index(way)
+            kind = {"color": f"#{COLORS[i % len(COLORS)]}", "marker": MARKERS[i % len(MARKERS)]}
+            label = arm if seeds == most else f"{arm} ({seeds} of {most} seeds)"
+            for axis, name in zip(pair, ("general", "elsewhere"), strict=True):
+                _mark(axis, scores, (name, "domain_lenient"), kind, ms=8, label=label)
+        row = _varied(arms, "weight", "" if regime == "sft" else "alone_")
+        joined = joined or bool(row)
+        for axis, name, unit in zip(pair, ("general", "elsewhere"), (100, 1), strict=True):
+            at = [unit * scores[name][0] for _, scores in row]
+            high = [100 * scores["domain_lenient"][0] for _, scores in row]
+            axis.plot(at, high, "-", color="#555555", lw=0.8, alpha=0.7)
+            for x, y, (value, _) in zip(at, high, row, strict=True):
+                axis.annotate(f"{value:g}", (x, y), (3, 3), textcoords="offset points", fontsize=7)
+        said, room = ("after SFT", 0.1) if regime == "sft" else ("after GRPO alone", 0.15)
+        pair[0].axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
+        pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
+        pair[1].invert_xaxis()
+        pair[0].set(title=f"{said}: what is asked", ylabel="domain, read leniently (%)")
+        pair[0].set(xlabel="general: instructions of unseen kinds (%)")
+        pair[1].set(title="what nobody asks", xlabel=ELSEWHERE)
+        pair[1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return captioned(
         figure,
-        f"Squared gradient noise over squared signal, geometric means of up to {seeds} seeds with "
-        "Student's 95 % intervals; small marks are seeds. Notice that entropy matters more than "
-        "the scheme.",
+        "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
+        "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
+        "worst kind of text. "
+        + "Joined, with numbers: other weights of the penalty, fewer seeds. " * joined
+        + "Notice what replies to instructions alone protect: the left side, which is asked.",
     )
 
 
-FIGURES = {"front": front, "forgetting": forgetting, "steps": steps, "noise": noise}
+def _varied(
+    found: Mapping[str, Any], knob: str, before: str = ""
+) -> list[tuple[float, effects.Draws]]:
+    """The values of a knob with what they score, over the seeds that all values have."""
+    way, usual = KNOBS[knob]
+    start = f"{before}{way}_{knob}_"
+    names = {float(name.removeprefix(start)): name for name in found if name.startswith(start)}
+    if not names:
+        return []
+    names[usual] = f"{before}{way}"
+    seeds = sorted(set.intersection(*(set(found.get(name, {})) for name in names.values())))
+    if not seeds:
+        return []
+    rows = {value: [effects.last(found[name][s]) for s in seeds] for value, name in names.items()}
+    return [(value, effects.draws(rows[value], 0)) for value in sorted(rows)]
+
+
+def knobs(kept: Mapping[str, Any]) -> Figure | None:
+    """General, the worst kind elsewhere and lenient domain over each knob of retention."""
+    found = effects.arms(kept)
+    points = {knob: row for knob in KNOBS if (row := _varied(found, knob))}
+    if not points:
+        return None
+    general = 100 * effects.scores(kept, "sft")["base"][0]["general"][0]
+    figure, axes = new_figure(9.6, 6.0, 2, len(points), sharex="col", sharey="row", squeeze=False)
+    for (above, below), (knob, row) in zip(axes.T, points.items(), strict=True):
+        at = [value for value, _ in row]
+        for axis, name, style, shade, label, unit in (
+            (above, "general", "o-", "instruction", "general", 100),
+            (above, "domain_lenient", "o-", "domain", "domain, leniently", 100),
+            (below, "elsewhere", "o-", "retention", "elsewhere", 1),
+            (below, "elsewhere_kl", "s--", "retention", "elsewhere, KL", 1),
+        ):
+            y = [unit * scores[name][0] for _, scores in row]
+            axis.plot(at, y, style, color=color(shade), label=label)
+        above.axhline(general, color=color("instruction"), ls=":", lw=1)
+        below.axhline(0.1, color="#999999", ls=":", lw=1)
+        below.set(xscale="log", xlabel=f"retention.{knob}")
+        below.set_xticks(at, [f"{value:g}" for value in at])
+        below.set_xticks([], minor=True)
+    axes[0, 0].set(ylabel="held out (%)")
+    axes[1, 0].set(ylabel="worst kind (nats a token)", ylim=(0, None))
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=8, frameon=False)
+    return captioned(
+        figure,
+        "SFT with one knob of the arms penalty (weight 0.2) or step changed at a time. Dotted: the "
+        "base's general, and 0.1 nat a token. Notice how wide the plateau of each knob is.",
+    )
