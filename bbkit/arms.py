@@ -44,7 +44,7 @@ TAX: dict[str, tuple[str, ...]] = {
     "step_instructions": _kept("step", "constraints"),
     "penalty_less_chat": _kept("penalty", QUESTION, ECHO, INSTRUCTION),
     "penalty_less_instruction": _kept("penalty", CHAT, QUESTION, ECHO),
-    # one knob of retention changed at a time (bbkit.studyplots.KNOBS)
+    # one knob of retention changed at a time
     **{f"penalty_weight_{x}": (*PENALTY, f"retention.weight={x}") for x in (0.05, 1, 5)},
     **{f"step_budget_{x}": (*STEP, f"retention.budget={x}") for x in (0.002, 0.03)},
     **{f"penalty_replies_{n}": (*PENALTY, f"retention.replies={n}") for n in (64, 2048)},

@@ -5,8 +5,6 @@ Serves every claim: `python -m bbkit.comparison RECORD --write FILE` makes from 
 intervals, are those of bbkit.effects.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bbkit import effects, elsewhere, files, recorded, report
+from bbkit import effects, elsewhere, files, plots, recorded, report, studyplots
 from bbkit.errors import InputError, exit_code
 
 NAMES = {
@@ -34,11 +32,9 @@ JUDGED = ("compared", "effect", "seeds", "verdict")  # columns of a ledger
 
 
 def table(kept: Mapping[str, Any]) -> str:
-    """What each arm scores, as Markdown; elsewhere only where a model was measured there."""
+    """What each arm scores, as Markdown, by the measures that are known of any."""
     known = effects.scores(kept)
-    shown = [n for n in NAMES if n != "equal_kl"]
-    if not any("elsewhere" in drawn for drawn, _ in known.values()):
-        shown.remove("elsewhere")
+    shown = [name for name in NAMES if any(name in drawn for drawn, _ in known.values())]
     lines = []
     for arm, (drawn, seeds) in known.items():
         noise = effects.noise_ratio(kept, arm) if arm not in ("base", "sft") else None
@@ -62,8 +58,7 @@ def tax(kept: Mapping[str, Any], regime: str) -> str:
     for arm, (drawn, seeds) in known.items():
         cells = [cell(drawn, name) for name in shown]
         for kind in kinds:
-            both = (drawn[names[kind]][0] for names in by_kind.values())
-            cells.append(", ".join(f"{value:.3f}" for value in both))
+            cells.append(", ".join(f"{drawn[names[kind]][0]:.3f}" for names in by_kind.values()))
         cells += [cell(drawn, name) for name in (*elsewhere.WORST, *effects.KL)]
         took = [r["seconds"] for n, r in kept["runs"].items() if n.rpartition("-")[0] == arm]
         step = f"{sum(took) / len(took):.2f}" if took and all(took) else ""
@@ -72,10 +67,7 @@ def tax(kept: Mapping[str, Any], regime: str) -> str:
 
 
 def sources(kept: Mapping[str, Any]) -> str:
-    """What each arm scores on each data set, strictly and leniently, and on IFEval, as Markdown.
-
-    Empty for a record of one data set.
-    """
+    """The same on each data set, strictly and leniently, and on IFEval; empty for one data set."""
     known = effects.scores(kept)
     asked = [m for m in known["base"][0] if " on " in m or m.startswith("ifeval_")]
     heads = [m.replace("domain_lenient on", "leniently:").replace("domain on ", "") for m in asked]
@@ -85,22 +77,20 @@ def sources(kept: Mapping[str, Any]) -> str:
 
 def cell(drawn: effects.Draws, name: str) -> str:
     """One measure of an arm: %, nats of a loss, or a KL without its interval; empty without it."""
-    if name not in drawn:
-        return ""
     if name in effects.KL:
-        return f"{drawn[name][0]:.3f}"
-    return (report.nats if name in elsewhere.WORST else report.cell)(effects.told(drawn[name]))
+        return f"{drawn[name][0]:.3f}" if name in drawn else ""
+    seen = effects.told(drawn[name]) if name in drawn else None
+    return report.nats(seen) if name in elsewhere.WORST else report.cell(seen)
 
 
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
-    found = effects.arms(kept)
+    found, lines = effects.arms(kept), []
     per_nat = effects.slope(found)
     shown = {name: head for name, head in NAMES.items() if name != "elsewhere"}
-    lines = []
     for arm in found:
-        known, seeds = effects.change(found, first, arm, per_nat) if arm != first else ({}, 0)
-        if seeds:
+        known, seeds = effects.change(found, first, arm, per_nat)
+        if seeds and arm != first:
             told = (effects.told(known[m]) if m in known else None for m in shown)
             lines.append([arm, str(seeds), *map(report.change_cell, told)])
     return report.markdown([f"points, minus {first}", "seeds", *shown.values()], lines)
@@ -125,8 +115,6 @@ def verdict(measure: Mapping[str, Any] | None, sign: int, none: float = 0.0) -> 
     side, or where no difference matters (a ratio, `none` 1: 0.9 to 1.1; else within 2 points).
     `sign` 0, claimed to cost nothing: above, or below, 2 points lower.
 
-    >>> verdict({"value": 0.05, "interval": [0.01, 0.09]}, 1)
-    'reproduced'
     >>> verdict({"value": 1.0, "interval": [0.95, 1.05]}, -1, none=1.0)
     'not reproduced'
     """
@@ -134,11 +122,12 @@ def verdict(measure: Mapping[str, Any] | None, sign: int, none: float = 0.0) -> 
         return "not attempted"
     low, high = measure["interval"]
     above, below = (low > none, high < none) if sign else (low > -MARGIN, high < -MARGIN)
-    if below if sign < 0 else above:
+    claimed, other = (below, above) if sign < 0 else (above, below)
+    least, most = NEAR if none else (-MARGIN, MARGIN)
+    if claimed:
         return "reproduced"
-    first, last = NEAR if none else (-MARGIN, MARGIN)
-    near = sign and first <= low <= high <= last
-    return "not reproduced" if above or below or near else "inconclusive"
+    near = sign != 0 and least <= low <= high <= most
+    return "not reproduced" if other or near else "inconclusive"
 
 
 # (claim, before, after, measure, the side on which its effect is claimed to lie; 0: costs nothing)
@@ -234,8 +223,8 @@ def judged_rows(kept: Mapping[str, Any], rows: Iterable[tuple]) -> list[list[str
         known, seeds = effects.change(found, before, after, per_nat)
         seen = effects.told(known[name]) if name in known else None
         judged = verdict(seen, sign)
-        if before == "dynamic" and judged == "reproduced":  # forgetting less by learning less?
-            judged = judged if known["domain"][0] >= -MARGIN else "inconclusive"
+        if before == "dynamic" and judged == "reproduced" and known["domain"][0] < -MARGIN:
+            judged = "inconclusive"  # forgetting less by learning less
         effect, count = report.change_cell(seen), str(seeds) if seen else ""
         lines.append([said, f"{NAMES[name]}: {after} − {before}", effect, count, judged])
     return lines
@@ -296,10 +285,9 @@ def _main(args: argparse.Namespace) -> int:
         kept = recorded.read(path)
         text = filled(text, kept, path.stem)
         if args.figures:
-            from bbkit import plots, studyplots
-
-            made = studyplots.drawn(kept)
-            plots.save(args.figures, {f"{path.stem}_{n}": figure for n, figure in made.items()})
+            taxed = "penalty" in effects.arms(kept)
+            figure = (studyplots.tax_front if taxed else studyplots.front)(kept)
+            plots.save(args.figures, {f"{path.stem}_front": figure})
         elif not args.write:
             print(told(kept))
     if args.write:

@@ -6,23 +6,20 @@ questions. `general` is instruction following of kinds that no stage trains on, 
 it was asked; `worse` the worse of it and domain accuracy, `hypervolume` the area that both span.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from bbkit import elsewhere, evaluate, recorded, statistics
 from bbkit.recorded import Rows
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # Settings of GRPO under which gradients were probed; the noise of others is not known.
 PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
-Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws
+Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
 
 
 def arms(kept: Mapping[str, Any]) -> dict[str, dict[int, Rows]]:
@@ -68,8 +65,6 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     >>> draws([[row], [row]], 3)
     {'domain': array([0.5, 0.5, 0.5, 0.5])}
     """
-    import numpy as np
-
     found = {}
     asked = [row for row in runs[0] if row["task"] not in ("instruction", "elsewhere")]
     sources = sorted({row["source"] for row in asked})
@@ -108,8 +103,6 @@ def _cells(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
 
 def told(values: np.ndarray) -> dict[str, Any]:
     """The measure of a value followed by its draws: {"value", "interval"}."""
-    import numpy as np
-
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"value": float(values[0]), "interval": [float(low), float(high)]}
 
@@ -140,13 +133,12 @@ def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
     Least squares through the base, at KL 0: how much is forgotten for how far a model went.
     """
     up = down = 0.0
-    for by_seed in found.values():
-        for rows in by_seed.values():
-            base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
-            if {"kl_instruction", "general"} <= set(tuned):
-                kl = float(tuned["kl_instruction"][0])
-                up += kl * float(tuned["general"][0] - base["general"][0])
-                down += kl**2
+    for rows in (run for by_seed in found.values() for run in by_seed.values()):
+        base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
+        if {"kl_instruction", "general"} <= set(tuned):
+            kl = tuned["kl_instruction"][0]
+            up += float(kl * (tuned["general"][0] - base["general"][0]))
+            down += float(kl**2)
     return up / down if down else 0.0
 
 

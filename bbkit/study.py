@@ -1,12 +1,11 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
-Serves every comparison between methods. All runs share what the base replied, and most arms of one
-seed the SFT (bbkit.arms). Each arm is an ordinary run folder, made by the command that its run.json
-names, so that one can be run again.
+Serves every comparison between methods. Most arms of one seed share the base's replies and an SFT
+(bbkit.arms). Each arm is an ordinary run folder, made by the command that its run.json names, so
+that one can be run again.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import subprocess
@@ -20,8 +19,6 @@ from typing import Any
 from bbkit import comparison, config, files, minutes, record, recorded
 from bbkit.arms import ARMS, MAIN, QUICK, Row, needed, schedule
 from bbkit.errors import CannotRun, InputError, Unhealthy, exit_code
-
-BASE = ("model", "data", "evaluation")  # the settings that say what the untrained model is asked
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,12 +90,9 @@ def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     for row in left:
         settings = config.load(args.preset, None, _overrides(args, row))
         told = minutes.estimate(args.preset, settings)
-        if row.shared:
-            told["sft"] = 0.0
-        # of what such a run evaluates, its own last model, and the first run the base for all
-        models = 1 + bool(settings.sft.steps) + bool(settings.grpo.steps)
-        share = (1 + (row is rows[0])) / models
-        spent += sum(told.values()) - (1 - share) * told.get("evaluate", 0.0)
+        if row.shared and told:  # base and SFT are there, evaluated
+            told = {"grpo": told["grpo"], "evaluate": told["evaluate"] / 3}
+        spent += sum(told.values())
     time = "minutes not known"
     if spent:
         time = f"about {spent:.0f} minutes on {minutes.RECORDED[args.preset].machine}"
@@ -120,8 +114,7 @@ def _run_all(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     waiting, running = list(rows), dict[Row, tuple[Iterator, subprocess.Popen | None]]()
     while waiting or running:
         left = {row.folder for row in (*waiting, *running)}
-        # One with an SFT of its own still takes the base's replies from the first row.
-        ready = [r for r in waiting if (r.shared or rows[0].folder) not in left or r is rows[0]]
+        ready = [row for row in waiting if row.shared not in left]
         for row in ready[: args.jobs - len(running)]:
             waiting.remove(row)
             running[row] = (_commands(args, row), None)
@@ -158,8 +151,8 @@ def _commands(args: argparse.Namespace, row: Row) -> Iterator[list[str]]:
         manifest = files.read_json(folder / "run.json")
         if change := _other(manifest["settings"], settings):
             raise InputError(f"{folder}: {change}; undo it or use another --out")
-    elif source := row.shared or _same_base(folder.parent, settings):
-        fork(source, folder, settings, words, base_only=not row.shared)
+    elif row.shared:
+        fork(row.shared, folder, settings, words)
     if manifest["status"] != "done":
         yield words
     if args.probe and folder.name == f"sft-{row.seed}":
@@ -202,51 +195,24 @@ def _other(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return record.first_difference({**theirs, "run": theirs["run"] | threads}, ours)
 
 
-def _same_base(out: Path, settings: Mapping[str, Any]) -> Path | None:
-    """A run under `out` that has evaluated the same base on the same prompts."""
-    for path in sorted(out.glob("sft-*/run.json")):
-        manifest = files.read_json(path)
-        same = all(manifest["settings"][part] == settings[part] for part in BASE)
-        if same and "evaluate base" in manifest["stages"]:
-            return path.parent
-    return None
-
-
-def fork(
-    source: Path,
-    target: Path,
-    settings: Mapping[str, Any],
-    command: Sequence[str],
-    base_only: bool = False,
-) -> None:
+def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Sequence[str]) -> None:
     """Begin the run of `command` in `target` with the base and SFT of the finished run `source`.
 
-    With `base_only` with what the base replied there, which no seed of training changes.
     Raises InputError where other settings than `grpo`'s differ: then the SFT would be another one.
     """
     manifest = files.read_json(source / "run.json")
     grpo = manifest["settings"]["grpo"]
-    if not base_only and (change := _other(manifest["settings"], {**settings, "grpo": grpo})):
+    if change := _other(manifest["settings"], {**settings, "grpo": grpo}):
         raise InputError(f"{source}: cannot go on from its SFT, {change}")
     half = target.with_name(f".{target.name}")
     shutil.rmtree(half, ignore_errors=True)
     with files.guarded(half):
-        left = ["checkpoint-*", ".lock", "probe.json", "report.md", "figures"]
-        left += ["sft", "sft.jsonl", "replies.jsonl", "metrics.jsonl"] if base_only else []
+        left = ("checkpoint-*", ".lock", "probe.json", "report.md", "figures")
         shutil.copytree(source, half, ignore=shutil.ignore_patterns(*left))
         shutil.rmtree(half / "adapter", ignore_errors=True)  # of its last stage
         manifest |= {"settings": settings, "status": "forked", "end": None}
         manifest |= {"command": shlex.join(command), "git": record.machine()["git"]}
-        if base_only:
-            manifest |= {"base_from": source.name, "sessions": []}
-            manifest["stages"] = {"evaluate base": manifest["stages"]["evaluate base"]}
-            measures = files.read_json(half / "evaluation.json")
-            files.write_json(half / "evaluation.json", {"base": measures["base"]})
-            lines = (half / "samples.jsonl").read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["stage"] == "base"]
-            files.write_bytes(half / "samples.jsonl", b"".join(kept))
-        else:
-            manifest["forked_from"] = source.name
+        manifest["forked_from"] = source.name
         files.write_json(half / "run.json", manifest)
         half.rename(target)
 
