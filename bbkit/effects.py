@@ -18,7 +18,6 @@ from bbkit.recorded import Rows
 # Settings of GRPO under which gradients were probed; the noise of others is not known.
 PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
-BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
 Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
 
 
@@ -65,11 +64,12 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     >>> draws([[row], [row]], 3)
     {'domain': array([0.5, 0.5, 0.5, 0.5])}
     """
+    others = ("instruction", "elsewhere")  # the rest has domain accuracy, of each data set apart
+    sources = sorted({row["source"] for row in runs[0] if row["task"] not in others})
+    by_source = [f"{m} on {s}" for s in sources for m in ("domain", "domain_lenient")]
+    asked = by_source if len(sources) > 1 else []
     found = {}
-    asked = [row for row in runs[0] if row["task"] not in ("instruction", "elsewhere")]
-    sources = sorted({row["source"] for row in asked})
-    by_source = [f"{measure} on {s}" for s in sources for measure in BY_SOURCE if len(sources) > 1]
-    for name in (*evaluate.MEASURES, *KL, *by_source, *elsewhere.names(runs[0])):
+    for name in (*evaluate.MEASURES, *KL, *asked, *elsewhere.names(runs[0])):
         cells = [_cells(rows, name) for rows in runs]
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])
@@ -147,14 +147,13 @@ def noise_ratio(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
 
     The intervals are those of the probes, joined; None where none shows a signal above the noise.
     """
-    rows = [row for row, _ in _probed(kept, arm)]
+    rows = [(row["ratio"], *row["interval"]) for row, _ in _probed(kept, arm)]
     if not rows:
         return None
-    middle = sum(math.log(row["ratio"]) for row in rows) / len(rows)
-    errors = (math.log(row["interval"][1] / row["interval"][0]) / 2 for row in rows)
-    half = math.sqrt(sum(e**2 for e in errors)) / len(rows)
-    bounds = [math.exp(middle - half), math.exp(middle + half)]
-    return {"value": math.exp(middle), "interval": bounds, "n": len(rows)}
+    ratios, lows, highs = np.log(rows).T
+    middle, half = ratios.mean(), np.linalg.norm((highs - lows) / 2) / len(rows)
+    value, low, high = np.exp([middle, middle - half, middle + half]).tolist()
+    return {"value": value, "interval": [low, high], "n": len(rows)}
 
 
 def noise_by_entropy(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:

@@ -20,27 +20,20 @@ from bbkit.errors import CannotRun, InputError, exit_code
 OURS = "capability + dual_cone"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `python -m bbkit.probe`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
     p = argparse.ArgumentParser(
         prog="python -m bbkit.probe", description="Gradient noise and first-order promises."
     )
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     p.add_argument("--stage", default="sft", choices=("sft", "grpo"), help="whose adapter")
     p.add_argument("--prompts", type=int, default=64, help="groups of completions")
-    p.add_argument(
-        "--steps", type=int, default=0, help="real steps whose signs are counted, per metric"
-    )
+    p.add_argument("--steps", type=int, default=0, help="count signs of real steps, per metric")
     p.add_argument("--seed", type=int, default=1000, help="of the draw of prompts and completions")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code and prints one line for a known error."""
-    args = parser().parse_args(argv)
+    args = p.parse_args(argv)
     return exit_code(lambda: _main(args))
 
 

@@ -146,11 +146,10 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     run = found["runs"][name]
     rows = unpack(found, run["from"]) if run["from"] else {}
     for stage, columns in run["scores"].items():
-        rows[stage] = []
-        plain = {k: v for k, v in columns.items() if k != "elsewhere"}
-        texts = iter(columns.get("elsewhere", ()))
+        rows[stage], columns = [], dict(columns)
+        texts = iter(columns.pop("elsewhere", ()))
         for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in plain.items() if i < len(v) and v[i] not in (None, "-")}
+            seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
             seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
             if item[1] == "elsewhere":
                 seen = elsewhere.scores(item[2], *next(texts))

@@ -67,7 +67,7 @@ def _main(args: argparse.Namespace) -> int:
         print(plan(args, rows), flush=True)
         _run_all(args, rows)
     names = [f"{arm}-{seed}" for arm in needed(arms) for seed in seeds]
-    there = [name for name in names if _evaluated(out / name)]
+    there = [name for name in names if _done(out / name)]
     if missing := [name for name in names if name not in there]:
         print(f"not finished, and not in the table: {', '.join(missing)}")
     if there:
@@ -83,7 +83,7 @@ def _main(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     """What is to be run, what of it is there, and about how long the rest takes."""
-    left = [row for row in rows if not _evaluated(row.folder)]
+    left = [row for row in rows if not _done(row.folder)]
     if not left:
         return f"{len(rows)} runs, all there"
     spent = 0.0
@@ -146,14 +146,12 @@ def _commands(args: argparse.Namespace, row: Row) -> Iterator[list[str]]:
     words = ["python", "-m", "bbkit.train", "--preset", args.preset, "--out", str(folder)]
     words += [*(f"--set={item}" for item in overrides), *given]
     settings = config.to_dict(config.load(args.preset, None, overrides))
-    manifest: dict[str, Any] = {"status": "new"}
-    if (folder / "run.json").exists():
-        manifest = files.read_json(folder / "run.json")
-        if change := _other(manifest["settings"], settings):
-            raise InputError(f"{folder}: {change}; undo it or use another --out")
-    elif row.shared:
-        fork(row.shared, folder, settings, words)
-    if manifest["status"] != "done":
+    if not (folder / "run.json").exists():
+        if row.shared:
+            fork(row.shared, folder, settings, words)
+    elif change := _other(files.read_json(folder / "run.json")["settings"], settings):
+        raise InputError(f"{folder}: {change}; undo it or use another --out")
+    if not _done(folder):
         yield words
     if args.probe and folder.name == f"sft-{row.seed}":
         # the noise of each advantage scheme at the SFT that the arms of a seed begin with
@@ -180,13 +178,10 @@ def _refuse(folder: Path, code: int) -> None:
         raise kind(f"{folder}: its run ended with exit code {code}; {where}")
 
 
-def _evaluated(folder: Path) -> bool:
-    """Whether the last model of a run was evaluated."""
-    if not (folder / "run.json").exists():
-        return False
-    manifest = files.read_json(folder / "run.json")
-    last = "grpo" if manifest["settings"]["grpo"]["steps"] else "sft"
-    return f"evaluate {last}" in manifest["stages"]
+def _done(folder: Path) -> bool:
+    """Whether a run has ended well, its last model evaluated."""
+    path = folder / "run.json"
+    return path.exists() and files.read_json(path)["status"] == "done"
 
 
 def _other(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
