@@ -1,11 +1,9 @@
-"""The ledger of a recorded study: its tables, and the verdict on each claim by its rule.
+"""The tables of a recorded study, and the verdict on each claim by its rule.
 
 Serves every claim: `python -m bbkit.comparison RECORD --write FILE` makes from a record
 (bbkit.recorded) the tables of README.md and notebooks/recorded/README.md; what is compared, and its
 intervals, are those of bbkit.effects.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
@@ -14,86 +12,88 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bbkit import effects, files, recorded, report, taxes
+from bbkit import effects, elsewhere, files, plots, recorded, report, studyplots
 from bbkit.errors import InputError, exit_code
 
-SHOWN = {
+NAMES = {
     "domain": "domain",
     "domain_lenient": "leniently",
     "reasoning": "reasoning",
     "instruction": "instructions",
     "general": "general",
+    "elsewhere": "elsewhere (nats)",  # the worst kind of bbkit.elsewhere
     "worse": "worse",
     "hypervolume": "hypervolume",
+    "equal_kl": "general, at equal KL",  # known of differences between arms alone
 }
-NATS = {"elsewhere": "elsewhere (nats)"}  # the worst kind of bbkit.elsewhere
-EQUAL_KL = {"equal_kl": "general, at equal KL"}  # known of differences between arms alone
 MARGIN = 0.02  # a difference that does not matter
 NEAR = (0.9, 1.1)  # a ratio that does not matter
 JUDGED = ("compared", "effect", "seeds", "verdict")  # columns of a ledger
 
 
 def table(kept: Mapping[str, Any]) -> str:
-    """What each arm scores, as Markdown; elsewhere only where a model was measured there."""
-    models = effects.models(effects.arms(kept))
-    found = {arm: effects.draws(rows) for arm, rows in models.items()}
-    shown: dict[str, str] = {}
-    for measure, head in SHOWN.items():
-        shown[measure] = head
-        if measure == "general" and any(set(NATS) <= set(known) for known in found.values()):
-            shown |= NATS
+    """What each arm scores, as Markdown, by the measures that are known of any."""
+    known = effects.scores(kept)
+    shown = [name for name in NAMES if any(name in drawn for drawn, _ in known.values())]
     lines = []
-    for arm, known in found.items():
-        cells = []
-        for measure in shown:
-            seen = effects.told(known[measure]) if measure in known else None
-            cells.append((report.nats if measure in NATS else report.cell)(seen))
-        cells += [f"{known[k][0]:.3f}" if k in known else "" for k in effects.KL]
+    for arm, (drawn, seeds) in known.items():
         noise = effects.noise_ratio(kept, arm) if arm not in ("base", "sft") else None
-        lines.append([arm, str(len(models[arm])), *cells, ratio_cell(noise)])
-    heads = ["%", "seeds", *shown.values(), *effects.KL.values(), "noise to signal / grpo"]
+        cells = [cell(drawn, name) for name in (*shown, *effects.KL)]
+        lines.append([arm, str(seeds), *cells, ratio_cell(noise)])
+    heads = ["%", "seeds", *(NAMES[n] for n in shown), *effects.KL.values()]
+    return report.markdown([*heads, "noise to signal / grpo"], lines)
+
+
+def tax(kept: Mapping[str, Any], regime: str) -> str:
+    """Every arm of a regime as Markdown: %, then nats a token, then seconds a step.
+
+    Of each kind elsewhere: its loss above the base's, and the KL to the base along it.
+    """
+    known = effects.scores(kept, regime)
+    by_kind = elsewhere.by_kind(known["base"][0])
+    shown, kinds = ("domain", "domain_lenient", "general"), by_kind["elsewhere"]
+    heads = ["%", "seeds", *(NAMES[n] for n in shown), *(f"{k}: loss, KL" for k in kinds)]
+    heads += ["worst loss", "worst KL", *effects.KL.values(), "s a step"]
+    lines = []
+    for arm, (drawn, seeds) in known.items():
+        cells = [cell(drawn, name) for name in shown]
+        for kind in kinds:
+            cells.append(", ".join(f"{drawn[names[kind]][0]:.3f}" for names in by_kind.values()))
+        cells += [cell(drawn, name) for name in (*elsewhere.WORST, *effects.KL)]
+        took = [r["seconds"] for n, r in kept["runs"].items() if n.rpartition("-")[0] == arm]
+        step = f"{sum(took) / len(took):.2f}" if took and all(took) else ""
+        lines.append([arm, str(seeds), *cells, step])
     return report.markdown(heads, lines)
 
 
 def sources(kept: Mapping[str, Any]) -> str:
-    """What each arm scores on each data set, strictly and leniently, and on IFEval, as Markdown.
-
-    Empty for a record of one data set.
-    """
-    known = {a: effects.draws(rows) for a, rows in effects.models(effects.arms(kept)).items()}
-    asked = [m for m in known["base"] if " on " in m or m.startswith("ifeval_")]
-    if not asked:
-        return ""
+    """The same on each data set, strictly and leniently, and on IFEval; empty for one data set."""
+    known = effects.scores(kept)
+    asked = [m for m in known["base"][0] if " on " in m or m.startswith("ifeval_")]
     heads = [m.replace("domain_lenient on", "leniently:").replace("domain on ", "") for m in asked]
-    lines = [
-        [arm, *(report.cell(effects.told(found[m])) for m in asked)] for arm, found in known.items()
-    ]
-    return report.markdown(["%", *(h.replace("_", " ") for h in heads)], lines)
+    lines = [[arm, *(cell(drawn, m) for m in asked)] for arm, (drawn, _) in known.items()]
+    return report.markdown(["%", *(h.replace("_", " ") for h in heads)], lines) if asked else ""
+
+
+def cell(drawn: effects.Draws, name: str) -> str:
+    """One measure of an arm: %, nats of a loss, or a KL without its interval; empty without it."""
+    if name in effects.KL:
+        return f"{drawn[name][0]:.3f}" if name in drawn else ""
+    seen = effects.told(drawn[name]) if name in drawn else None
+    return report.nats(seen) if name in elsewhere.WORST else report.cell(seen)
 
 
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
-    found = effects.arms(kept)
-    per_nat, shown = effects.slope(found), SHOWN | EQUAL_KL
-    lines = []
+    found, lines = effects.arms(kept), []
+    per_nat = effects.slope(found)
+    shown = {name: head for name, head in NAMES.items() if name != "elsewhere"}
     for arm in found:
-        known, seeds = _change(found, first, arm, per_nat) if arm != first else ({}, 0)
-        if seeds:
-            cells = [
-                report.change_cell(effects.told(known[m])) if m in known else "" for m in shown
-            ]
-            lines.append([arm, str(seeds), *cells])
+        known, seeds = effects.change(found, first, arm, per_nat)
+        if seeds and arm != first:
+            told = (effects.told(known[m]) if m in known else None for m in shown)
+            lines.append([arm, str(seeds), *map(report.change_cell, told)])
     return report.markdown([f"points, minus {first}", "seeds", *shown.values()], lines)
-
-
-def _change(
-    found: Mapping[str, Any], before: str, after: str, per_nat: float
-) -> tuple[effects.Draws, int]:
-    """effects.change with `equal_kl`: `general` less what goes with the difference in KL."""
-    known, seeds = effects.change(found, before, after)
-    if {"general", "kl_instruction"} <= set(known):
-        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
-    return known, seeds
 
 
 def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
@@ -113,34 +113,21 @@ def verdict(measure: Mapping[str, Any] | None, sign: int, none: float = 0.0) -> 
 
     *reproduced*: the 95 % interval lies on the claimed side. *not reproduced*: it lies on the other
     side, or where no difference matters (a ratio, `none` 1: 0.9 to 1.1; else within 2 points).
+    `sign` 0, claimed to cost nothing: above, or below, 2 points lower.
 
-    >>> verdict({"value": 0.05, "interval": [0.01, 0.09]}, 1)
-    'reproduced'
-    >>> verdict({"value": 0.05, "interval": [-0.01, 0.09]}, 1)
-    'inconclusive'
     >>> verdict({"value": 1.0, "interval": [0.95, 1.05]}, -1, none=1.0)
     'not reproduced'
-    """
-    if not measure or not measure["interval"]:
-        return "not attempted"
-    low, high = measure["interval"]
-    if (low > none) if sign > 0 else (high < none):
-        return "reproduced"
-    near = NEAR if none else (-MARGIN, MARGIN)
-    other = (high < none) if sign > 0 else (low > none)
-    return "not reproduced" if other or near[0] <= low <= high <= near[1] else "inconclusive"
-
-
-def not_lower(measure: Mapping[str, Any] | None) -> str:
-    """The rule for what is claimed to cost nothing: no more than 2 points lower.
-
-    >>> not_lower({"value": 0.0, "interval": [-0.01, 0.01]})
-    'reproduced'
     """
     if not measure:
         return "not attempted"
     low, high = measure["interval"]
-    return "reproduced" if low > -MARGIN else "not reproduced" if high < -MARGIN else "inconclusive"
+    above, below = (low > none, high < none) if sign else (low > -MARGIN, high < -MARGIN)
+    claimed, other = (below, above) if sign < 0 else (above, below)
+    least, most = NEAR if none else (-MARGIN, MARGIN)
+    if claimed:
+        return "reproduced"
+    near = sign != 0 and least <= low <= high <= most
+    return "not reproduced" if other or near else "inconclusive"
 
 
 # (claim, before, after, measure, the side on which its effect is claimed to lie; 0: costs nothing)
@@ -216,16 +203,11 @@ def attempted(kept: Mapping[str, Any], ledger: Callable[[Mapping], str] = claims
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def main_claims(kept: Mapping[str, Any]) -> str:
-    """The ledger's lines of the claims in MAIN."""
-    head, rule, *lines = claims(kept).splitlines()
+def main_claims(kept: Mapping[str, Any], since: int = 0) -> str:
+    """The ledger's lines of the claims in MAIN, on the seeds from `since` on."""
+    runs = {n: run for n, run in kept["runs"].items() if int(n.rpartition("-")[2]) >= since}
+    head, rule, *lines = claims({**kept, "runs": runs}).splitlines()
     return "\n".join([head, rule, *(x for x in lines if x[2:].partition(" |")[0] in MAIN)])
-
-
-def later(kept: Mapping[str, Any]) -> str:
-    """The same lines on the seeds which ran after all of them had been written down."""
-    runs = {n: run for n, run in kept["runs"].items() if int(n.rpartition("-")[2]) >= LATER}
-    return main_claims({**kept, "runs": runs})
 
 
 def hypotheses(kept: Mapping[str, Any]) -> str:
@@ -236,21 +218,15 @@ def hypotheses(kept: Mapping[str, Any]) -> str:
 def judged_rows(kept: Mapping[str, Any], rows: Iterable[tuple]) -> list[list[str]]:
     """What is said, and JUDGED: what was compared, its effect, seeds, verdict by the rule."""
     found = effects.arms(kept)
-    per_nat = effects.slope(found)
-
-    def effect(before: str, after: str, name: str) -> tuple[dict[str, Any] | None, int]:
-        known, seeds = _change(found, before, after, per_nat)
-        return (effects.told(known[name]), seeds) if name in known else (None, 0)
-
-    lines = []
+    per_nat, lines = effects.slope(found), []
     for said, before, after, name, sign in rows:
-        seen, seeds = effect(before, after, name)
-        judged = verdict(seen, sign) if sign else not_lower(seen)
-        if before == "dynamic" and judged == "reproduced":  # forgetting less by learning less?
-            domain, _ = effect(before, after, "domain")
-            judged = judged if domain and domain["value"] >= -MARGIN else "inconclusive"
-        compared = f"{(SHOWN | EQUAL_KL)[name]}: {after} − {before}"
-        lines.append([said, compared, report.change_cell(seen), str(seeds or ""), judged])
+        known, seeds = effects.change(found, before, after, per_nat)
+        seen = effects.told(known[name]) if name in known else None
+        judged = verdict(seen, sign)
+        if before == "dynamic" and judged == "reproduced" and known["domain"][0] < -MARGIN:
+            judged = "inconclusive"  # forgetting less by learning less
+        effect, count = report.change_cell(seen), str(seeds) if seen else ""
+        lines.append([said, f"{NAMES[name]}: {after} − {before}", effect, count, judged])
     return lines
 
 
@@ -260,11 +236,11 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "changes": changes,
     "claims": claims,
     "main": main_claims,
-    "later": later,
+    "later": partial(main_claims, since=LATER),
     "attempted": attempted,
     "hypotheses": hypotheses,
-    "tax sft": partial(taxes.table, regime="sft"),
-    "tax grpo": partial(taxes.table, regime="grpo"),
+    "tax sft": partial(tax, regime="sft"),
+    "tax grpo": partial(tax, regime="grpo"),
 }
 
 
@@ -309,11 +285,9 @@ def _main(args: argparse.Namespace) -> int:
         kept = recorded.read(path)
         text = filled(text, kept, path.stem)
         if args.figures:
-            from bbkit import plots, studyplots
-
-            kinds = taxes.FIGURES if "penalty" in effects.arms(kept) else studyplots.FIGURES
-            made = {f"{path.stem}_{n}": draw(kept) for n, draw in kinds.items()}
-            plots.save(args.figures, made)
+            taxed = "penalty" in effects.arms(kept)
+            figure = (studyplots.tax_front if taxed else studyplots.front)(kept)
+            plots.save(args.figures, {f"{path.stem}_front": figure})
         elif not args.write:
             print(told(kept))
     if args.write:

@@ -6,23 +6,19 @@ questions. `general` is instruction following of kinds that no stage trains on, 
 it was asked; `worse` the worse of it and domain accuracy, `hypervolume` the area that both span.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from bbkit import elsewhere, evaluate, recorded, statistics
 from bbkit.recorded import Rows
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # Settings of GRPO under which gradients were probed; the noise of others is not known.
 PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
-BY_SOURCE = ("domain", "domain_lenient")  # also told for each data set, as "domain on pubmedqa"
-Draws = dict[str, "np.ndarray"]  # of each measure: the value, then its bootstrap draws
+Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
 
 
 def arms(kept: Mapping[str, Any]) -> dict[str, dict[int, Rows]]:
@@ -45,6 +41,19 @@ def models(found: Mapping[str, Mapping[int, Rows]]) -> dict[str, list[Sequence[M
     return rows | {arm: [last(r) for r in seeds.values()] for arm, seeds in found.items()}
 
 
+def scores(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[Draws, int]]:
+    """Every measure of each arm's last model with its draws, and the number of seeds; base first.
+
+    `regime` "sft" or "grpo" asks for the arms without, or with, GRPO on domain questions alone.
+    """
+    found = {}
+    for arm, rows in models(arms(kept)).items():
+        alone = arm.partition("_")[0] == "alone"
+        if not regime or arm == "base" or alone == (regime == "grpo"):
+            found[arm] = draws(rows), len(rows)
+    return found
+
+
 def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     """Every measure of one arm: its mean, and the means of `count` resamples of seeds and clusters.
 
@@ -55,27 +64,13 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     >>> draws([[row], [row]], 3)
     {'domain': array([0.5, 0.5, 0.5, 0.5])}
     """
-    import numpy as np
-
+    others = ("instruction", "elsewhere")  # the rest has domain accuracy, of each data set apart
+    sources = sorted({row["source"] for row in runs[0] if row["task"] not in others})
+    by_source = [f"{m} on {s}" for s in sources for m in ("domain", "domain_lenient")]
+    asked = by_source if len(sources) > 1 else []
     found = {}
-    asked = [row for row in runs[0] if row["task"] not in ("instruction", "elsewhere")]
-    sources = sorted({row["source"] for row in asked})
-    by_source = [f"{measure} on {s}" for s in sources for measure in BY_SOURCE if len(sources) > 1]
-    for name in (*evaluate.MEASURES, *KL, *by_source, *elsewhere.names(runs[0])):
-        measure, _, source = name.partition(" on ")
-        cells: list[dict[str, list[float]]] = []
-        for rows in runs:
-            cells.append({})
-            for row in rows:
-                value = row["scores"].get(measure)
-                if name in KL and (row["task"] == "instruction") == (name != "kl"):
-                    value = row.get("kl")
-                if source and row["source"] != source:
-                    value = None
-                if value is not None:
-                    cell = cells[-1].setdefault(evaluate.cluster(row), [0.0, 0.0])
-                    cell[0] += value
-                    cell[1] += 1
+    for name in (*evaluate.MEASURES, *KL, *asked, *elsewhere.names(runs[0])):
+        cells = [_cells(rows, name) for rows in runs]
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])
             found[name] = statistics.crossed(table, count)
@@ -91,28 +86,45 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     return found
 
 
+def _cells(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
+    """Sum and count of a measure by cluster."""
+    measure, _, source = name.partition(" on ")
+    cells: dict[str, list[float]] = {}
+    for row in rows:
+        value = row["scores"].get(measure)
+        if name in KL and (row["task"] == "instruction") == (name != "kl"):
+            value = row.get("kl")
+        if value is not None and source in ("", row["source"]):
+            cell = cells.setdefault(evaluate.cluster(row), [0.0, 0.0])
+            cell[0] += value
+            cell[1] += 1
+    return cells
+
+
 def told(values: np.ndarray) -> dict[str, Any]:
     """The measure of a value followed by its draws: {"value", "interval"}."""
-    import numpy as np
-
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"value": float(values[0]), "interval": [float(low), float(high)]}
 
 
 def change(
-    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, count: int = 2000
-) -> tuple[dict[str, np.ndarray], int]:
+    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, per_nat: float = 0.0
+) -> tuple[Draws, int]:
     """Draws of arm `after` minus arm `before` over the seeds of both, and how many these are.
 
-    `base` is the untrained model of either.
+    `base` is the untrained model of either. `equal_kl` is `general` less what goes with the
+    difference in KL, at `per_nat` (`slope`).
     """
     first = found.get("sft" if before == "base" else before, {})
     seeds = sorted(set(first) & set(found.get(after, {})))
     if not seeds:
         return {}, 0
     rows = [first[seed]["base"] if before == "base" else last(first[seed]) for seed in seeds]
-    earlier, later = draws(rows, count), draws([last(found[after][s]) for s in seeds], count)
-    return {k: later[k] - earlier[k] for k in later if k in earlier}, len(seeds)
+    earlier, later = draws(rows), draws([last(found[after][s]) for s in seeds])
+    known = {k: later[k] - earlier[k] for k in later if k in earlier}
+    if {"general", "kl_instruction"} <= set(known):
+        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
+    return known, len(seeds)
 
 
 def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
@@ -121,13 +133,12 @@ def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
     Least squares through the base, at KL 0: how much is forgotten for how far a model went.
     """
     up = down = 0.0
-    for by_seed in found.values():
-        for rows in by_seed.values():
-            base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
-            if {"kl_instruction", "general"} <= set(tuned):
-                kl = float(tuned["kl_instruction"][0])
-                up += kl * float(tuned["general"][0] - base["general"][0])
-                down += kl**2
+    for rows in (run for by_seed in found.values() for run in by_seed.values()):
+        base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
+        if {"kl_instruction", "general"} <= set(tuned):
+            kl = tuned["kl_instruction"][0]
+            up += float(kl * (tuned["general"][0] - base["general"][0]))
+            down += float(kl**2)
     return up / down if down else 0.0
 
 
@@ -136,14 +147,13 @@ def noise_ratio(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
 
     The intervals are those of the probes, joined; None where none shows a signal above the noise.
     """
-    rows = [row for row, _ in _probed(kept, arm)]
+    rows = [(row["ratio"], *row["interval"]) for row, _ in _probed(kept, arm)]
     if not rows:
         return None
-    middle = sum(math.log(row["ratio"]) for row in rows) / len(rows)
-    errors = (math.log(row["interval"][1] / row["interval"][0]) / 2 for row in rows)
-    half = math.sqrt(sum(e**2 for e in errors)) / len(rows)
-    bounds = [math.exp(middle - half), math.exp(middle + half)]
-    return {"value": math.exp(middle), "interval": bounds, "n": len(rows)}
+    ratios, lows, highs = np.log(rows).T
+    middle, half = ratios.mean(), np.linalg.norm((highs - lows) / 2) / len(rows)
+    value, low, high = np.exp([middle, middle - half, middle + half]).tolist()
+    return {"value": value, "interval": [low, high], "n": len(rows)}
 
 
 def noise_by_entropy(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
@@ -169,12 +179,14 @@ def _probed(kept: Mapping[str, Any], arm: str) -> Iterator[tuple[Mapping, Mappin
     None of an arm with rewards, a floor or inner products of its own, which were not probed.
     """
     for name, run in kept["runs"].items():
-        if name.rpartition("-")[0] == arm and run["grpo"] and run["from"]:
-            if any(run["grpo"].get(key, usual) != usual for key, usual in PROBED.items()):
-                continue
-            combined = run["grpo"]["combination"]
-            scheme = run["grpo"]["advantages"] + ("" if combined == "sum" else f" + {combined}")
-            noise = kept["runs"][run["from"]]["noise"] or {}
-            row = noise.get(scheme)
-            if row and None not in (row["ratio"], *row["interval"]):
-                yield row, noise["grpo"]
+        section = run["grpo"]
+        if name.rpartition("-")[0] != arm or not section or not run["from"]:
+            continue
+        if any(section.get(key, usual) != usual for key, usual in PROBED.items()):
+            continue
+        combined = section["combination"]
+        scheme = section["advantages"] + ("" if combined == "sum" else f" + {combined}")
+        noise = kept["runs"][run["from"]]["noise"] or {}
+        row = noise.get(scheme)
+        if row and None not in (row["ratio"], *row["interval"]):
+            yield row, noise["grpo"]

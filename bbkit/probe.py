@@ -1,8 +1,8 @@
-"""Gradients at a state of a run, looked at closely: noise, interference, signs of real steps.
+"""Gradients at a state of a run, looked at closely: noise, and signs of real steps.
 
 Serves the claims of lower gradient variance and of orthogonality. One batch of completions gives
 the Gram matrix of single sequences, from which the noise of any advantage scheme follows, at the
-same state and on the same completions. What a first-order promise is worth is measured beside it.
+same state and on the same completions. What a first-order promise is worth is counted beside it.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,20 @@ from bbkit.errors import CannotRun, InputError, exit_code
 OURS = "capability + dual_cone"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `python -m bbkit.probe`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints one line for a known error."""
     p = argparse.ArgumentParser(
         prog="python -m bbkit.probe", description="Gradient noise and first-order promises."
     )
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     p.add_argument("--stage", default="sft", choices=("sft", "grpo"), help="whose adapter")
     p.add_argument("--prompts", type=int, default=64, help="groups of completions")
-    p.add_argument(
-        "--steps", type=int, default=0, help="real steps whose signs are counted, per metric"
-    )
+    p.add_argument("--steps", type=int, default=0, help="count signs of real steps, per metric")
     p.add_argument("--seed", type=int, default=1000, help="of the draw of prompts and completions")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train")
     p.add_argument("--offline", action="store_true", help="as for bbkit.train")
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every figure")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code and prints one line for a known error."""
-    args = parser().parse_args(argv)
+    args = p.parse_args(argv)
     return exit_code(lambda: _main(args))
 
 
@@ -129,13 +123,8 @@ def samples(trainer) -> list[dict[str, Any]]:
     return batches
 
 
-def terms(trainer, inputs: Mapping[str, Any], before=None):
-    """Loss terms at unit advantage (N,) up to one factor for all, mean entropies (N,), and the
-    log-probabilities (N, T) of the completions' tokens.
-
-    With `before`, those of the policy that sampled, the terms are of the surrogate whose ratio
-    moves with the parameters.
-    """
+def terms(trainer, inputs: Mapping[str, Any]):
+    """Loss terms at unit advantage (N,) up to one factor for all, and mean entropies (N,)."""
     import torch
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -144,11 +133,10 @@ def terms(trainer, inputs: Mapping[str, Any], before=None):
     logps, entropy, *_ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, mask, kept.shape[1], compute_entropy=True
     )
-    gain = logps if before is None else (logps - before).exp()
     length = kept.sum(1).clamp(min=1)
-    total = -(gain * kept).sum(1)
+    total = -(logps * kept).sum(1)
     terms = total / length if trainer.loss_type == "grpo" else total
-    return terms, (entropy.detach() * kept).sum(1) / length, logps.detach()
+    return terms, (entropy.detach() * kept).sum(1) / length
 
 
 def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
@@ -171,43 +159,39 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     for part in batches:
         single = torch.eye(len(part["completion_ids"]))
         with gradients.capability_gradients(trainer.model, single) as capture:
-            losses, entropy, _ = terms(trainer, part)
+            losses, entropy = terms(trainer, part)
             losses.sum().backward()
         entropies.append(entropy.cpu())
         rows.append(capture.gradients)
     gram = gradients.gramian(torch.cat(rows))
-    by_group = torch.cat(entropies).view(-1, group).mean(1)
-    upper = by_group > by_group.median()
     weights = trainer.controller.weights
     wanted = torch.tensor(weights, dtype=torch.float64)
-    parts = {}
+    parts, summed = {}, {}
     for scheme in weighting.SCHEMES:
         columns = weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu()
         parts[scheme] = gradients.group_gram(gram, columns, group)
-    summed = {k: torch.einsum("k,bckl,l->bc", wanted, part, wanted) for k, part in parts.items()}
+        summed[scheme] = torch.einsum("k,bckl,l->bc", wanted, parts[scheme], wanted)
 
-    def combined(groups):
-        """The dual cone's coefficients come from the same groups."""
+    def of(scheme, groups):
+        if scheme != OURS:
+            return gradients.noise_to_signal(summed[scheme][groups][:, groups])
         some = parts["capability"][groups][:, groups]
-        found = gradients.combine(some.sum((0, 1)), "dual_cone", weights)
-        return torch.einsum("k,bckl,l->bc", found, some, found)
+        found = gradients.combine(some.sum((0, 1)), "dual_cone", weights)  # of the same groups
+        return gradients.noise_to_signal(torch.einsum("k,bckl,l->bc", found, some, found))
 
-    every = torch.arange(len(upper))
+    def logged(scheme, groups):
+        ratio = of(scheme, groups) / of("grpo", groups)
+        return math.log(ratio) if ratio > 0 else math.nan
+
+    by_group = torch.cat(entropies).view(-1, group).mean(1)
+    every, upper = torch.arange(len(by_group)), by_group > by_group.median()
     out = {}
-    for scheme in (*parts, OURS):
-
-        def of(groups, scheme=scheme):
-            part = combined(groups) if scheme == OURS else summed[scheme][groups][:, groups]
-            return gradients.noise_to_signal(part)
-
-        def logged(groups, of=of):
-            ratio = of(groups) / gradients.noise_to_signal(summed["grpo"][groups][:, groups])
-            return math.log(ratio) if ratio > 0 else math.nan
-
-        low, high = _jackknife(logged, every)
+    for scheme in (*summed, OURS):
+        low, high = _jackknife(partial(logged, scheme), every)
         out[scheme] = {
-            "all": of(every), "low": of(every[~upper]), "high": of(every[upper]),
-            "ratio": math.exp(logged(every)), "interval": [math.exp(low), math.exp(high)],
+            "all": of(scheme, every), "low": of(scheme, every[~upper]),
+            "high": of(scheme, every[upper]), "ratio": math.exp(logged(scheme, every)),
+            "interval": [math.exp(low), math.exp(high)],
         }  # fmt: skip
     return out
 
@@ -221,57 +205,6 @@ def _jackknife(statistic, groups) -> tuple[float, float]:
     mean = sum(left) / count
     error = math.sqrt((count - 1) / count * sum((x - mean) ** 2 for x in left))
     return statistic(groups) - 1.96 * error, statistic(groups) + 1.96 * error
-
-
-def interference(
-    trainer, batches: Sequence[Mapping[str, Any]], sizes: Sequence[float]
-) -> dict[str, Any]:
-    """Predicted against realised change of each capability's surrogate loss along the update.
-
-    The update is the dual-cone combination d of all completions; for each step size η in `sizes`
-    J_k(θ − ηd) − J_k(θ) is compared with −η⟨g_k, d⟩. `exponent` is the slope of log |residual|, of
-    all capabilities together, over log η: 2 where the first order holds. Make the model float64
-    first; its norms and rotary embedding still compute in float32, so that a residual below 1e-6 of
-    the loss is rounding.
-    """
-    import torch
-
-    from bbkit import gradients, weighting
-
-    weights = trainer.controller.weights
-    columns = weighting.advantages(trainer.raw_rewards, trainer.num_generations, weights)
-    shares = columns.split([len(part["completion_ids"]) for part in batches])
-    capture, before = gradients.Capture(trainer.model, columns.shape[1]), []
-    with gradients.watch(trainer.model, capture):
-        for part, share in zip(batches, shares, strict=True):
-            capture.next(share)
-            losses, _, logps = terms(trainer, part)
-            losses.sum().backward()
-            before.append(logps)
-    step = gradients.combine(capture.gramian, "dual_cone", weights).to(capture.gradients)
-    step = step @ capture.gradients
-    slopes = capture.gradients @ step
-    start = torch.nn.utils.parameters_to_vector(capture.parameters.values()).detach()
-
-    def values(size: float):
-        moved = start - size * step
-        torch.nn.utils.vector_to_parameters(moved, capture.parameters.values())
-        with torch.no_grad():
-            found = [terms(trainer, *pair)[0] for pair in zip(batches, before, strict=True)]
-        return columns.to(start).T @ torch.cat(found).to(start)
-
-    here = values(0.0)
-    realised = torch.stack([values(size) - here for size in sizes])
-    values(0.0)  # back
-    predicted = -torch.tensor(sizes).to(slopes).unsqueeze(1) * slopes
-    residual = (realised - predicted).norm(dim=1).log()
-    x = torch.tensor(sizes).to(residual).log()
-    centred = x - x.mean()
-    exponent = (centred * residual).sum() / centred.square().sum()
-    return {
-        "sizes": list(sizes), "predicted": predicted.T.tolist(), "realised": realised.T.tolist(),
-        "exponent": exponent.item(),
-    }  # fmt: skip
 
 
 def opposed(trainer) -> dict[str, dict[str, float]]:

@@ -86,18 +86,13 @@ def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[
                 f"{name}: {run} scored otherwise there; record other seeds, or into another file"
             )
     whole = {**kept["runs"], **more["runs"]}
+    rules = {n: (run.get("retention") or {}).get("rule", "none") for n, run in whole.items()}
     first: dict[str, str] = {}
-    for run, found in whole.items():
+    for run, rule in rules.items():
         same = first.setdefault(run.rpartition("-")[0], run)
-        if _rule(whole[same]) != _rule(found):
+        if rule != rules[same]:
             raise InputError(f"{name}: {run} keeps replies otherwise than {same}; use another file")
     return {"items": kept["items"], "runs": whole}
-
-
-def _rule(run: Mapping[str, Any]) -> str:
-    """By which rule a run kept replies; before the settings had one, the cone's in GRPO."""
-    rule = (run.get("retention") or {}).get("rule", "none")
-    return "cone" if rule == "none" and (run.get("grpo") or {}).get("retention") else rule
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -113,11 +108,11 @@ def text(found: Mapping[str, Any]) -> str:
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | list]:
     texts = [row for row in rows if row["task"] == "elsewhere"]
     names = sorted({name for row in rows for name in row["scores"]} - {*elsewhere.names(texts)})
-    columns: dict[str, list] = {n: [_short(row["scores"].get(n)) for row in rows] for n in names}
-    columns["kl"] = [_short(row.get("kl"), 3) for row in rows]
+    columns = {n: _marks([_short(row["scores"].get(n)) for row in rows]) for n in names}
+    columns["kl"] = _marks([_short(row.get("kl"), 3) for row in rows])
     if texts:  # each kind has its names, which would make ten columns, nearly empty
         columns["elsewhere"] = [[_short(v) for v in row["scores"].values()] for row in texts]
-    return {n: v if n == "elsewhere" else _marks(v) for n, v in columns.items()}
+    return columns
 
 
 def _first_replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
@@ -151,11 +146,10 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     run = found["runs"][name]
     rows = unpack(found, run["from"]) if run["from"] else {}
     for stage, columns in run["scores"].items():
-        rows[stage] = []
-        plain = {k: v for k, v in columns.items() if k != "elsewhere"}
-        texts = iter(columns.get("elsewhere", ()))
+        rows[stage], columns = [], dict(columns)
+        texts = iter(columns.pop("elsewhere", ()))
         for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in plain.items() if i < len(v) and v[i] not in (None, "-")}
+            seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
             seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
             if item[1] == "elsewhere":
                 seen = elsewhere.scores(item[2], *next(texts))

@@ -4,19 +4,17 @@ Serves every claim. The formulas are scipy's and statsmodels'; tests hold them a
 values. The paper reports figures without intervals or tests: all of this is our choice.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 
 def interval(
-    values: Sequence[float], clusters: Sequence[str], draws: int, shares: bool = True, seed: int = 0
+    values: Sequence[float], clusters: Sequence[str], draws: int, shares: bool = True
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean, resampling whole clusters.
 
@@ -27,8 +25,6 @@ def interval(
     >>> round(low, 3), high
     (0.929, 1.0)
     """
-    import numpy as np
-
     if shares and len(set(clusters)) == len(values) and set(values) <= {0.0, 1.0}:
         return wilson(round(sum(values)), len(values))
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -36,7 +32,7 @@ def interval(
         sums[cluster][0] += value
         sums[cluster][1] += 1
     table = np.array(list(sums.values()))  # (clusters, [sum, count])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     picked = table[rng.integers(0, len(table), (draws, len(table)))].sum(axis=1)
     low, high = np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5])
     return float(low), float(high)
@@ -94,8 +90,6 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     >>> over_seeds([1.0, 2.0, 3.0])["interval"][0]
     -0.484
     """
-    from statistics import fmean
-
     from scipy import stats
 
     found: dict[str, Any] = {"value": fmean(values), "n": len(values), "interval": None}
@@ -106,32 +100,27 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=32)
-def _often(runs: int, clusters: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _often(runs: int, clusters: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each run, and each cluster, is drawn: two thirds of what a table of arms takes."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     one, other = (rng.multinomial(n, [1 / n] * n, draws).astype(float) for n in (runs, clusters))
     return one, other
 
 
-def crossed(table: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+def crossed(table: np.ndarray, draws: int) -> np.ndarray:
     """A mean over runs crossed with clusters, followed by `draws` resamples of both.
 
     `table` (runs, clusters, 2) holds the sum and the count of the values in each cell. Runs and
     clusters are drawn with replacement, apart from each other (pigeonhole bootstrap, Owen 2007):
     the percentiles are an interval over both. Equal shapes draw alike, so that two results pair.
 
-    >>> import numpy as np
     >>> crossed(np.array([[[1.0, 1.0], [0.0, 1.0]]]), 4)
     array([0.5, 0.5, 0.5, 0. , 0. ])
     """
-    import numpy as np
-
     runs, clusters, _ = table.shape
-    often = _often(runs, clusters, draws, seed)
-    picked = (often[1] @ table.swapaxes(0, 1).reshape(clusters, -1)).reshape(draws, runs, 2)
-    sums = (often[0][:, :, None] * picked).sum(axis=1)
+    often, those = _often(runs, clusters, draws)
+    picked = (those @ table.swapaxes(0, 1).reshape(clusters, -1)).reshape(draws, runs, 2)
+    sums = (often[:, :, None] * picked).sum(axis=1)
     value = table[:, :, 0].sum() / table[:, :, 1].sum()
     return np.concatenate([[value], sums[:, 0] / sums[:, 1]])
 
@@ -148,18 +137,16 @@ def macro(values: Iterable[tuple[str, float]]) -> float:
     return sum(sum(g) / len(g) for g in groups.values()) / len(groups)
 
 
-def hypervolume(
-    points: Iterable[tuple[float, float]], reference: tuple[float, float] = (0.0, 0.0)
-) -> float:
-    """Area that points (both axes to be raised) dominate above the reference point.
+def hypervolume(points: Iterable[tuple[float, float]]) -> float:
+    """Area that points (both axes to be raised) dominate above (0, 0).
 
     >>> hypervolume([(1, 3), (2, 2), (3, 1), (1, 1)])
     6.0
     """
-    area, height = 0.0, reference[1]
+    area = height = 0.0
     for x, y in sorted(points, reverse=True):
-        if x > reference[0] and y > height:
-            area += (x - reference[0]) * (y - height)
+        if y > height:
+            area += max(x, 0.0) * (y - height)
             height = y
     return area
 

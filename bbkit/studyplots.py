@@ -1,17 +1,16 @@
-"""Figures of a recorded study: the front, forgetting against distance, what training logged.
+"""The front of a recorded study: what its arms know, against what alignment cost them.
 
-Serves the claims ledger: `python -m bbkit.comparison RECORD --figures DIR` draws them. One colour
-of Okabe and Ito's an arm throughout; bars are 95 % intervals over seeds and prompts.
+Serves the claims ledger: `python -m bbkit.comparison RECORD --figures DIR` draws it. One colour
+of Okabe and Ito's an arm; bars are 95 % intervals over seeds and prompts. No tax means two things
+at once: instructions of unseen kinds followed as by the base, and nothing lost elsewhere.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bbkit import effects, statistics
+from bbkit import effects
 from bbkit.plots import captioned, color, new_figure, percent
 
 if TYPE_CHECKING:
@@ -31,28 +30,27 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 OTHER = {"color": "#AAAAAA", "marker": "x"}  # more arms than a reader can tell apart by colours
 LEVELS = (0.2, 0.4, 0.6)  # of the largest hypervolume shown, drawn as lines of equal product
+COLORS = "000000 0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 882255 44AA99 999933 777777".split()
+MARKERS = "osD^vP*Xph<>d"  # as many pairs with COLORS as the product: no two ways look alike
 
 
-def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
-    """Domain accuracy against general instruction following; each arm's hypervolume by `first`'s.
+def front(kept: Mapping[str, Any]) -> Figure:
+    """Domain accuracy against general instruction following; each arm's hypervolume by `grpo`'s.
 
     Left the arms of STYLES with intervals, their seeds small; right all that share seeds with
-    `first`, as changes.
+    `grpo`, as changes.
     """
     import numpy as np
 
     found = effects.arms(kept)
     figure, (axis, right) = new_figure(9.6, 5.2, 1, 2, width_ratios=(3, 2))
     for arm, rows in effects.models(found).items():
-        kind = STYLES.get(arm, OTHER)
-        drawn = effects.draws(rows)
-        (x, *xs), (y, *ys) = (percent(effects.told(drawn[m])) for m in ("general", "domain"))
+        scores, kind = effects.draws(rows), STYLES.get(arm, OTHER)
         if arm not in STYLES:
-            axis.plot(x, y, kind["marker"], color=kind["color"], ms=5, zorder=4)
+            at = (100 * scores[m][0] for m in ("general", "domain"))
+            axis.plot(*at, kind["marker"], color=kind["color"], ms=5, zorder=4)
             continue
-        bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
-        axis.errorbar(x, y, **bars, color=kind["color"], alpha=0.45, lw=1, capsize=2)
-        axis.plot(x, y, kind["marker"], color=kind["color"], ms=9, label=arm, zorder=5)
+        _mark(axis, scores, ("general", "domain"), kind, ms=9, label=arm, zorder=5)
         for row in rows:
             one = effects.draws([row], 0)
             small = 100 * one["general"][0], 100 * one["domain"][0]
@@ -73,22 +71,34 @@ def front(kept: Mapping[str, Any], first: str = "grpo") -> Figure:
         ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5,
         columnspacing=1.2, handletextpad=0.2,
     )  # fmt: skip
-    changes = _changes(right, found, first)
+    changes = _changes(right, found)
     return captioned(
         figure,
         "Left: every arm's last model; small marks are single seeds, dotted lines equal "
         "hypervolume (their product, %). Up and right is better. Right: hypervolume minus "
-        f"{first}'s on the same seeds, 95 % intervals over seeds and prompts; {changes}.",
+        f"grpo's on the same seeds, 95 % intervals over seeds and prompts; {changes}.",
     )
 
 
-def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
-    """A bar an arm: its hypervolume minus that of `first`; says how many are clear of 0."""
+def _mark(
+    axis: Axes, scores: effects.Draws, at: tuple[str, str], kind: Mapping[str, Any], **how: Any
+) -> None:
+    """A mark where an arm's scores lie on two measures, with bars; elsewhere is in nats, not %."""
+    (x, *xs), (y, *ys) = (percent(effects.told(scores[m])) for m in at)
+    if at[0] == "elsewhere":
+        x, xs = x / 100, [bound / 100 for bound in xs]
+    wide, high = [[x - xs[0]], [xs[1] - x]], [[y - ys[0]], [ys[1] - y]]
+    axis.errorbar(x, y, high, wide, color=kind["color"], alpha=0.45, lw=1, capsize=2)
+    axis.plot(x, y, ls="", **kind, **how)
+
+
+def _changes(axis: Axes, found: Mapping[str, Any]) -> str:
+    """A bar an arm: its hypervolume minus that of `grpo`; says how many are clear of 0."""
     names: list[str] = []
     above = below = 0
     for arm in found:
-        known, seeds = effects.change(found, first, arm) if arm != first else ({}, 0)
-        if "hypervolume" not in known:
+        known, seeds = effects.change(found, "grpo", arm)
+        if arm == "grpo" or "hypervolume" not in known:
             continue
         middle, low, high = percent(effects.told(known["hypervolume"]))
         kind, at = STYLES.get(arm, OTHER), -len(names)
@@ -99,115 +109,43 @@ def _changes(axis: Axes, found: Mapping[str, Any], first: str) -> str:
         below += high < 0
     axis.axvline(0, color="#999999", lw=0.8)
     axis.set_yticks([-i for i in range(len(names))], names, fontsize=8)
-    axis.set(xlabel=f"hypervolume minus {first}'s (points)")
+    axis.set(xlabel="hypervolume minus grpo's (points)")
     return f"clear of 0 are {above} above and {below} below, the number of seeds in brackets"
 
 
-def forgetting(kept: Mapping[str, Any]) -> Figure | None:
-    """General instruction following lost against KL to the base, a run a mark."""
-    found = effects.arms(kept)
-    per_nat, named = effects.slope(found), set()
-    figure, axis = new_figure(7.2, 4.4)
-    farthest = 0.0
-    for arm, by_seed in found.items():
-        for rows in by_seed.values():
-            tuned, base = (effects.draws([r], 0) for r in (effects.last(rows), rows["base"]))
-            if "kl_instruction" not in tuned or "general" not in tuned:
-                return None
-            x, kind = float(tuned["kl_instruction"][0]), STYLES.get(arm, OTHER)
-            lost = 100 * float(base["general"][0] - tuned["general"][0])
-            label = arm if arm in STYLES else "the others"
-            name = {} if label in named else {"label": label}
-            named.add(label)
-            axis.plot(x, lost, kind["marker"], color=kind["color"], ms=7, **name)
-            farthest = max(farthest, x)
-    axis.plot([0, farthest], [0, -100 * per_nat * farthest], "--", color="#777777", lw=1)
-    axis.axhline(0, color="#999999", lw=0.8)
-    axis.set(xlabel="KL to the base on instructions (nats a token)", xlim=(0, None))
-    axis.set(ylabel="general instruction following lost (points)")
-    axis.legend(ncols=2, frameon=False, fontsize=8.5)
+def tax_front(kept: Mapping[str, Any]) -> Figure:
+    """Domain accuracy against general, and against the worst kind elsewhere, for both regimes.
+
+    Of the arms that ran on all seeds of their regime.
+    """
+    figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
+    order: list[str] = []
+    for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
+        known = effects.scores(kept, regime)
+        whole = 100 * known.pop("base")[0]["general"][0]
+        most = max(seeds for _, seeds in known.values())
+        for arm, (scores, seeds) in known.items():
+            if seeds < most:
+                continue
+            way = arm.removeprefix("alone_")
+            if way not in order:
+                order.append(way)
+            i = order.index(way)
+            kind = {"color": f"#{COLORS[i % len(COLORS)]}", "marker": MARKERS[i % len(MARKERS)]}
+            for axis, name in zip(pair, ("general", "elsewhere"), strict=True):
+                _mark(axis, scores, (name, "domain_lenient"), kind, ms=8, label=arm)
+        said, room = ("after SFT", 0.1) if regime == "sft" else ("after GRPO alone", 0.15)
+        pair[0].axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
+        pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
+        pair[1].invert_xaxis()
+        pair[0].set(title=f"{said}: what is asked", ylabel="domain, read leniently (%)")
+        pair[0].set(xlabel="general: instructions of unseen kinds (%)")
+        pair[1].set(title="what nobody asks", xlabel="elsewhere, worst kind: nats above the base")
+        pair[1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return captioned(
         figure,
-        "What each run forgot against how far it went from the base; the dashed line is the least "
-        f"squares fit through 0, {-100 * per_nat:.0f} points a nat. Below the line less is "
-        "forgotten than the distance lets expect.",
+        "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
+        "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
+        "worst kind of text. Notice what replies to instructions alone protect: the left side, "
+        "which is asked.",
     )
-
-
-def steps(kept: Mapping[str, Any], arms: tuple[str, ...] = ("grpo", "full")) -> Figure | None:
-    """Rewards, weights and cosines of arms over GRPO's steps, means over seeds."""
-    runs = {
-        arm: [r for name, r in kept["runs"].items() if name.rpartition("-")[0] == arm and r["log"]]
-        for arm in arms
-    }
-    if not all(runs.values()):
-        return None
-    figure, axes = new_figure(7.2, 5.6, 3, 1, sharex=True)
-    for arm, line in zip(arms, ("--", "-"), strict=True):
-        for axis, part in zip(axes, ("reward", "weight", "cosine"), strict=True):
-            for key in sorted({k for r in runs[arm] for k in r["log"] if k.startswith(f"{part}/")}):
-                pair = key.split("/")[1:]
-                if part == "cosine" and pair != ["domain", "reasoning"] and pair[-1] != "format":
-                    continue
-                label = f"{arm}, {' and '.join(pair)}" if part != "cosine" or arm == "full" else ""
-                _mean(
-                    axis, [r["log"][key] for r in runs[arm] if key in r["log"]], pair, line, label
-                )
-    for axis, name in zip(axes, ("mean reward", "weight", "cosine of gradients"), strict=True):
-        axis.set(ylabel=name)
-    axes[0].legend(ncols=2, frameon=False, fontsize=7.5)
-    axes[-1].axhline(0, color="#999999", lw=0.8)
-    axes[-1].set(xlabel="GRPO step (optimiser updates)")
-    return captioned(
-        figure,
-        "Training of plain GRPO (dashed) and of the whole method (solid), means over seeds and "
-        "five steps; equal weights lie on one another, a cosine has the colours of its two "
-        "rewards. Notice that the weights of the "
-        "whole method move to what lags, and whether any pair of rewards is opposed for long.",
-    )
-
-
-def _mean(axis: Axes, series: list[list], pair: list[str], line: str, label: str) -> None:
-    """The mean over runs, smoothed over five steps, in the colour of the (first) reward."""
-    rows = [[v for v in column if v is not None] for column in zip(*series, strict=False)]
-    known = [(i + 1, fmean(row)) for i, row in enumerate(rows) if row]
-    smooth = [fmean(v for _, v in known[max(0, j - 5) : j]) for j in range(1, len(known) + 1)]
-    x = [i for i, _ in known]
-    axis.plot(x, smooth, line, color=color(pair[0]), lw=1.8, label=label or None)
-    if len(pair) > 1:
-        axis.plot(x, smooth, color=color(pair[1]), lw=1.8, ls=(0, (2, 2)))
-
-
-SCHEMES = {"grpo": "grpo", "dr_grpo": "dr_grpo", "gdpo": "gdpo", "capability": "static"}
-
-
-def noise(kept: Mapping[str, Any]) -> Figure | None:
-    """Gradient noise over signal where entropy is low and high, by the scheme of the advantages."""
-    probes = [run["noise"] for run in kept["runs"].values() if run["noise"]]
-    figure, axis = new_figure(7.2, 3.8)
-    seeds = 0
-    for i, (scheme, arm) in enumerate(SCHEMES.items()):
-        kind = STYLES.get(arm, {"color": "#D55E00", "marker": "D"})
-        for at, half in enumerate(("low", "high")):
-            seen = [p[scheme][half] for p in probes if p[scheme][half] and p[scheme][half] > 0]
-            if len(seen) < 2:
-                return None
-            seeds = max(seeds, len(seen))
-            x, found = at + 0.14 * (i - 1.5), statistics.over_seeds([math.log(v) for v in seen])
-            y, (low, high) = math.exp(found["value"]), map(math.exp, found["interval"])
-            axis.errorbar(x, y, [[y - low], [high - y]], color=kind["color"], lw=1, capsize=2)
-            name = {} if at else {"label": scheme}
-            axis.plot(x, y, kind["marker"], color=kind["color"], ms=8, **name)
-            axis.plot([x] * len(seen), seen, kind["marker"], color=kind["color"], ms=3.5, alpha=0.5)
-    axis.set(yscale="log", ylabel="noise over signal of one group's gradient")
-    axis.set_xticks([0, 1], ["groups of low token entropy", "groups of high token entropy"])
-    axis.legend(ncols=2, frameon=False, fontsize=8.5)
-    return captioned(
-        figure,
-        f"Squared gradient noise over squared signal, geometric means of up to {seeds} seeds with "
-        "Student's 95 % intervals; small marks are seeds. Notice that entropy matters more than "
-        "the scheme.",
-    )
-
-
-FIGURES = {"front": front, "forgetting": forgetting, "steps": steps, "noise": noise}

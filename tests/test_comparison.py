@@ -1,13 +1,12 @@
 """Arms against each other: intervals over seeds and prompts, the rule of the verdicts, tables."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bbkit import comparison, effects, recorded, statistics, study, studyplots, taxes
+from bbkit import arms, comparison, effects, recorded, statistics, studyplots
 from bbkit.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +113,7 @@ def test_the_rule(low, high, sign, said):
     [(-0.01, 0.5, "reproduced"), (-0.5, -0.03, "not reproduced"), (-0.03, 0, "inconclusive")],
 )
 def test_the_rule_of_what_costs_nothing(low, high, said):
-    assert comparison.not_lower({"value": 0, "interval": [low, high]}) == said
+    assert comparison.verdict({"value": 0, "interval": [low, high]}, 0) == said
 
 
 def test_forgetting_less_by_learning_less_is_no_success():
@@ -165,7 +164,7 @@ def test_seeds_after_the_rule_are_judged_by_themselves():
         return line.split(" | ")[3:]
 
     assert said(comparison.main_claims) == ["5", "inconclusive |"]
-    assert said(comparison.later) == ["2", "reproduced |"]
+    assert said(comparison.BLOCKS["later"]) == ["2", "reproduced |"]
 
 
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
@@ -234,7 +233,7 @@ def test_no_two_arms_look_alike_and_the_rest_are_said_to_be_others():
     kinds = [*studyplots.STYLES.values(), studyplots.OTHER]
     assert len({(kind["color"], kind["marker"]) for kind in kinds}) == len(kinds)
     there = effects.arms(recorded.read(RECORDED))  # arms of a study that is over are in its record
-    assert set(studyplots.STYLES) - {"base"} <= {*study.ARMS, *there}
+    assert set(studyplots.STYLES) - {"base"} <= {*arms.ARMS, *there}
     half, none, all_ = ((0.5, 0.5), 1), ((0, 0), 1), ((1, 1), 1)
     kept = record(sft=[none], grpo=[half], random=[all_], judged=[none])
     left, right = studyplots.front(kept).axes
@@ -247,12 +246,8 @@ def test_no_two_arms_look_alike_and_the_rest_are_said_to_be_others():
 def test_figures_of_a_record(tmp_path):
     assert comparison.main([str(RECORDED), "--figures", str(tmp_path / "new")]) == 0
     made = {p.name for p in (tmp_path / "new" / "figures").iterdir()}
-    assert made == {f"pocket_{name}.png" for name in ("front", "forgetting", "steps", "noise")}
+    assert made == {"pocket_front.png"}
     bare = record(sft=[((0, 0), 1)], grpo=[((1, 0), 1)])
-    for run in bare["runs"].values():
-        run["log"] = {}
-    assert studyplots.steps(bare) is None  # nothing was logged: no empty axes
-    assert studyplots.noise(bare) is None
     figure = studyplots.front(bare)
     assert {line.get_label() for line in figure.axes[0].lines} >= {"base", "sft", "grpo"}
 
@@ -269,20 +264,12 @@ def test_the_page_of_both_regimes_shows_its_record(monkeypatch):
     monkeypatch.setattr(effects, "draws", lambda runs, count=9: drawn(runs, min(count, 9)))
     arms = effects.arms(kept)
     for regime in ("sft", "grpo"):
-        lines = taxes.table(kept, regime).splitlines()
+        lines = comparison.tax(kept, regime).splitlines()
         assert len({line.count("|") for line in lines}) == 1
         shown = {line.split("|")[1].strip() for line in lines[2:]}
         wanted = {a for a in arms if a.startswith("alone") == (regime == "grpo")} | {"base"}
         assert shown == wanted
-    knobs = {name for name in kept["runs"] if re.search(r"_(weight|budget|replies)_", name)}
-    left = taxes.front(kept).axes[0]
-    marks = sum(line.get_marker() != "None" for line in left.get_lines())
-    named = {name.rpartition("-")[0] for name in kept["runs"].keys() - knobs}
-    assert marks == len([arm for arm in named if not arm.startswith("alone")])
-    for name in knobs:
-        del kept["runs"][name]
-    assert taxes.knobs(kept) is None and not taxes.front(kept).axes[0].texts
-    for knob, (arm, _) in taxes.KNOBS.items():  # another value of each, as if it had been run
-        kept["runs"][f"{arm}_{knob}_7-100"] = kept["runs"][f"{arm}-100"]
-    assert len(taxes.knobs(kept).axes) == 2 * len(taxes.KNOBS)
-    assert len(taxes.front(kept).axes[0].texts) == 2
+    left = studyplots.tax_front(kept).axes[0]
+    marks = {line.get_label() for line in left.get_lines() if line.get_label()[0] != "_"}
+    whole = {arm for arm, seeds in arms.items() if len(seeds) == 3 and arm[:5] != "alone"}
+    assert marks == whole

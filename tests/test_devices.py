@@ -136,4 +136,3 @@ def test_probe(pair, on_it, tmp_path):
     batches = probe.samples(trainer)
     trainer.raw_rewards = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     assert "grpo" in probe.noise(trainer, batches)
-    assert len(probe.interference(trainer, batches, [1e-3, 5e-4])["predicted"]) == 3

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from bbkit import comparison, config, recorded, study
+from bbkit import arms, comparison, config, recorded, study
 from bbkit.errors import InputError, Unhealthy
 from bbkit.files import read_json, read_rows
 
@@ -98,8 +97,8 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
 def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     file = tmp_path / "study.json"
     words = ["--table", "--seeds", "0", "--out", str(made), "--record", str(file)]
-    for arms in ("grpo", "grpo,orthogonal"):
-        assert study.main([*words, "--arms", arms]) == 0
+    for chosen in ("grpo", "grpo,orthogonal"):
+        assert study.main([*words, "--arms", chosen]) == 0
     kept = recorded.read(file)
     assert set(kept["runs"]) == {"sft-0", "grpo-0", "orthogonal-0"}
     scores = kept["runs"]["sft-0"]["scores"]["sft"]
@@ -152,33 +151,6 @@ def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path, 
     assert json.loads((tmp_path / "sft-0" / "run.json").read_text())["status"] == "interrupted"
 
 
-def test_seeds_share_what_the_base_replied(made, tmp_path):
-    """The untrained model answers once a study; a seed's run is the run of its own command."""
-    from bbkit import train
-
-    out = tmp_path / "two"
-    shutil.copytree(made, out)  # a study that goes on from that of seed 0
-    assert study.main(["--arms", "averaging", "--seeds", "1", "--out", str(out), *TINY]) == 0
-    shared = out / "sft-1"
-    manifest = read_json(shared / "run.json")
-    assert manifest["base_from"] == "sft-0" and "forked_from" not in manifest
-    assert read_json(out / "averaging-1" / "run.json")["base_from"] == "sft-0"
-    words = manifest["command"].split()[3:]
-    words[words.index("--out") + 1] = str(tmp_path / "alone")
-    assert train.main(words) == 0
-    alone = tmp_path / "alone"
-    file = "adapter/adapter_model.safetensors"
-    assert (shared / file).read_bytes() == (alone / file).read_bytes()
-    for name in ("evaluation/base.jsonl", "evaluation/sft.jsonl", "samples.jsonl"):
-        assert read_rows(shared / name) == read_rows(alone / name)
-    assert read_json(shared / "evaluation.json") == read_json(alone / "evaluation.json")
-    assert [r["step"] for r in read_rows(shared / "metrics.jsonl")] == [1, 2]
-    settings = read_json(shared / "run.json")["settings"]
-    assert study._same_base(out, settings)
-    settings["evaluation"]["questions"] = 5  # a base that is asked others answers anew
-    assert study._same_base(out, settings) is None
-
-
 def test_another_sft_is_not_carried_over(made, tmp_path):
     settings = config.to_dict(config.load("pocket", None, ["sft.steps=3"]))
     with pytest.raises(InputError, match=r"cannot go on from its SFT, "):
@@ -201,7 +173,7 @@ def test_bad_input_is_one_line(words, said, capsys):
 
 
 def test_an_arm_goes_on_from_the_sft_that_keeps_as_it_does(tmp_path):
-    rows = {row.folder.name: row for row in study.schedule(["alone_full", "alone"], [7], tmp_path)}
+    rows = {row.folder.name: row for row in arms.schedule(["alone_full", "alone"], [7], tmp_path)}
     assert list(rows) == ["sft-7", "step-7", "alone_full-7", "alone-7"]
     assert rows["alone_full-7"].shared == tmp_path / "step-7"
     assert rows["step-7"].shared is None and rows["alone-7"].shared == tmp_path / "sft-7"
@@ -236,7 +208,7 @@ def test_quick_is_two_arms_over_two_seeds(tmp_path, monkeypatch, capsys):
 
 
 def test_every_arm_resolves():
-    for overrides in study.ARMS.values():
+    for overrides in arms.ARMS.values():
         assert json.dumps(config.to_dict(config.load("pocket", None, [*overrides])))
 
 
@@ -266,21 +238,22 @@ def stand_ins(monkeypatch, seconds: dict[str, float], codes: dict[str, int]) -> 
 
 def test_jobs_run_side_by_side_and_after_what_they_go_on_from(tmp_path, monkeypatch):
     stand_ins(monkeypatch, {}, {})
-    rows = study.schedule(["alone_step", "grpo", "static"], [0, 1], tmp_path)
+    rows = arms.schedule(["alone_step", "grpo", "static"], [0, 1], tmp_path)
     study._run_all(study.parser().parse_args(["--jobs", "3"]), rows)
     spans = {
         row.folder: [float(x) for x in row.folder.with_suffix(".span").read_text().split()]
         for row in rows
     }
-    for row in rows[1:]:
-        assert spans[row.folder][0] >= spans[row.shared or rows[0].folder][1]
+    for row in rows:
+        if row.shared:
+            assert spans[row.folder][0] >= spans[row.shared][1]
     at_once = [sum(a <= began < b for a, b in spans.values()) for began, _ in spans.values()]
     assert 2 <= max(at_once) <= 3
 
 
 def test_where_one_of_several_jobs_fails_the_others_are_told_to_stop(tmp_path, monkeypatch):
     stand_ins(monkeypatch, {"static-0": 60}, {"grpo-0": 4})
-    rows = study.schedule(["static", "grpo"], [0], tmp_path)
+    rows = arms.schedule(["static", "grpo"], [0], tmp_path)
     with pytest.raises(Unhealthy, match=r"grpo-0: its run ended with exit code 4; see .*0[.]log"):
         study._run_all(study.parser().parse_args(["--jobs", "2"]), rows)
     assert (tmp_path / "static-0.stopped").exists()
