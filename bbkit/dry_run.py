@@ -5,6 +5,8 @@ Serves no claim: `python -m bbkit.train --dry-run`.
 
 from collections.abc import Sequence
 
+import yaml
+
 from bbkit import config
 from bbkit.config import Settings
 
@@ -17,7 +19,7 @@ def show(
 
     from bbkit import memory, minutes, models
 
-    print(config.to_yaml(settings))
+    print(yaml.safe_dump(config.to_dict(settings), sort_keys=False, width=100))
     s, g = settings.sft, settings.grpo
     if card:  # of another machine: what its GPU computes in is not known here
         name = settings.model.dtype

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bbkit.errors import CannotRun, InputError, Unhealthy
 
 MARKER = "complete.json"
@@ -87,6 +89,45 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in (key for key in keys if keys.count(key) > 1):
+            twice = f"key {key} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_value(text: str) -> Any:
+    """What a text means in YAML; ValueError with one line where it is none.
+
+    >>> yaml_value("[a, 3]")
+    ['a', 3]
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # ValueError: a date that does not exist; RecursionError: lists in lists in lists
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}, {getattr(error, 'problem', '')}" if mark else str(error)
+        raise ValueError(f"not valid YAML: {' '.join(line.split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; InputError naming the file where it holds none."""
+    try:
+        tree = yaml_value(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected sections such as `grpo:` with keys below them")
+    return tree
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -363,7 +363,8 @@ def test_50_kills_at_any_moment_end_in_the_same_bits(whole, disk):
             2,
             "grpo.optimizer=adamw_8bit keeps none",
         ),
-        (["--preset", "pocket", "--set", "sft.retention=2"], 2, "the section retention serves"),
+        (["--preset", "pocket", "--set", "sft.retention=2"], 2, "unknown key sft.retention"),
+        (["--preset", "pocket", "--set", "data.grpo=[]"], 2, "data.grpo: no rows; name a card"),
         (
             kept("retention.rule=penalty", "retention.prompts=[pocket_prompts/facts]"),
             2,
