@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, f"{text}\n".encode(errors="replace"))
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines, whole or not at all."""
+    lines = (json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+    write_bytes(path, "".join(lines).encode(errors="replace"))
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; InputError naming it when it is missing or broken."""
     try:
@@ -136,24 +142,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
         try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not valid JSON; the file was damaged") from error
-        if not isinstance(rows[-1], dict):
-            raise InputError(f"{path}:{number}: not a row; the file was damaged")
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not a row; the file was damaged") from error
     return rows
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sums(checkpoint: Path) -> dict[str, list]:
+    """Size and sha256 of every file, by its name in the checkpoint."""
+    sums = {}
+    for path in sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sums[path.relative_to(checkpoint).as_posix()] = [path.stat().st_size, digest]
+    return sums
 
 
 def mark_complete(checkpoint: Path) -> None:
     """Write the marker of a whole checkpoint, last of all: every file's size and sha256."""
-    files = sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != MARKER)
-    sums = {f.relative_to(checkpoint).as_posix(): [f.stat().st_size, _sha256(f)] for f in files}
-    write_json(checkpoint / MARKER, sums)
+    write_json(checkpoint / MARKER, _sums(checkpoint))
 
 
 def broken(checkpoint: Path) -> str:
@@ -161,28 +168,19 @@ def broken(checkpoint: Path) -> str:
     if not (checkpoint / MARKER).exists():
         return "not finished (no completeness marker)"
     try:
-        files = read_json(checkpoint / MARKER)
-    except InputError as error:
-        return str(error)
-    # by its own list: a name in a damaged marker may be too long to ask for, or lie elsewhere
-    there = {f.relative_to(checkpoint).as_posix(): f for f in checkpoint.rglob("*") if f.is_file()}
-    try:
-        for name, (size, digest) in files.items():
-            file = there.get(name)
-            if file is None or file.stat().st_size != size:
-                return f"{name[:80]!r} is missing or truncated"
-            if _sha256(file) != digest:
-                return f"{name[:80]!r} has changed since it was written"
-    except (AttributeError, TypeError, ValueError):
+        marked = {**read_json(checkpoint / MARKER)}
+    except (InputError, TypeError):
         return "its completeness marker is damaged"
-    return ""
+    there = _sums(checkpoint)
+    changed = [name for name, sums in marked.items() if there.get(name) != sums]
+    return f"{changed[0][:80]!r} is missing or has changed since it was written" if changed else ""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole `checkpoint-N` in a folder, or None; prints why newer ones are skipped."""
-    steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
-    whole = sorted((p for p in steps if steps[p].isdigit()), key=lambda p: -int(steps[p]))
-    for checkpoint in whole:
+    steps = [p.name.partition("-")[2] for p in folder.glob("checkpoint-*")]
+    for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
+        checkpoint = folder / f"checkpoint-{step}"
         if not (reason := broken(checkpoint)):
             return checkpoint
         print(f"skipping {checkpoint}: {reason}")

@@ -485,7 +485,7 @@ def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, 
     model = adapters.add_lora(model, settings.model, 0)
     monkeypatch.setattr(callback, "SKIPPED", skips)
     with record.Run(tmp_path / "run", config.to_dict(settings), ["python"]) as run:
-        hooks = callback.Recorder(run, stage, 16, settings)
+        hooks = callback.Recorder(run, stage, settings)
         build = sft.build if stage == "sft" else grpo.build
         rows = questions.ontology("train")[:16]
         trainer = build(model, tokenizer, rows, settings, tmp_path / "run" / stage, [hooks])
