@@ -28,12 +28,11 @@ def obstacle() -> str:
     if (built := torch.version.cuda) is None:
         without = f"this torch ({torch.__version__}) is built without CUDA"
         return f"{found} is here, and {without}; install one with CUDA (pytorch.org)"
-    why = "it says not why"
+    why, mend = "it says not why", "update the driver, or install a torch for an older CUDA"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0]
-    mend = "update the driver, or install a torch for an older CUDA"
     return f"{found} is here, and torch for CUDA {built} cannot use it ({why}); {mend}"
 
 

@@ -75,7 +75,7 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     >>> first_difference({"grpo": {"steps": 3}}, {"grpo": {"steps": 4}})
     'grpo.steps was 3 and is now 4'
     """
-    a, b, none = leaves(plain(to_dict(Settings()))) | leaves(old), leaves(new), "not set"
+    a, b, none = leaves(to_dict(Settings())) | leaves(old), leaves(new), "not set"
     for k in [*b, *leaves(old)]:
         if a.get(k, none) != b.get(k, none):
             return f"{k} was {a.get(k, none)} and is now {b.get(k, none)}"
@@ -210,10 +210,7 @@ class Run:
         self._append("metrics.jsonl", {"stage": stage, "step": step, **values})
 
     def sample(self, stage: str, step: int, values: Mapping, held_out: bool = False) -> None:
-        """Append one completion to samples.jsonl: prompt, reply, gold, rewards by name, …
-
-        `held_out`: from the evaluation after the stage, which comes after all steps of it.
-        """
+        """Append one completion to samples.jsonl: prompt, reply, gold, rewards by name, …"""
         kind = "held-out" if held_out else "train"
         self._append("samples.jsonl", {"stage": stage, "step": step, "kind": kind, **values})
 
@@ -224,8 +221,7 @@ class Run:
         """
 
         def order(row: Mapping[str, Any]) -> tuple[int, bool, int]:
-            held_out = row.get("kind") == "held-out"
-            return STAGES.index(row["stage"]), held_out, 0 if held_out else row["step"]
+            return STAGES.index(row["stage"]), row.get("kind") == "held-out", row["step"]
 
         self._keep(lambda row: order(row) <= (STAGES.index(stage), False, step))
 
@@ -271,12 +267,11 @@ class Run:
                 raise
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        names = ("metrics.jsonl", "samples.jsonl") if self.writes else ()
-        for path in (self.folder / name for name in names):
+        for path in (self.folder / name for name in ("metrics.jsonl", "samples.jsonl")):
             try:
                 kept = [row for row in read_rows(path) if wanted(row)]
             except (KeyError, ValueError, TypeError) as error:
                 said = "a row without stage or step; the file was damaged"
                 raise InputError(f"{path}: {said}") from error
-            if path.exists():
+            if self.writes and path.exists():
                 write_rows(path, kept)

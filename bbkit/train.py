@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace, command: list[str]) -> int:
     stages = args.stages.split(",")
-    for stage in stages:
-        if stage not in STAGES:
-            raise InputError(f"--stages {args.stages}: no stage {stage!r}; use {', '.join(STAGES)}")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        use = f"no stage {unknown[0]!r}; use {', '.join(STAGES)}"
+        raise InputError(f"--stages {args.stages}: {use}")
     # Near 24 GB the KV cache, which grows by copies, would leave no free block large enough.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     preset = args.preset
@@ -138,12 +138,7 @@ def _some(rows: list[int], most: int) -> list[int]:
 
 
 def execute(
-    run: record.Run,
-    settings: Settings,
-    rows: dict[str, list[Example]],
-    stages: Sequence[str],
-    data_dir: Path | None = None,
-    offline: bool = False,
+    run: record.Run, settings: Settings, rows: dict, stages: Sequence[str], data_dir, offline: bool
 ) -> None:
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
     with held_back():
@@ -154,10 +149,10 @@ def execute(
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
-    ifeval: list[Example] = []
+    rows = rows | {"ifeval": [], "elsewhere": []}
     if most := settings.evaluation.ifeval:
         changed = settings.data.allow_changed
-        ifeval = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
+        rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.callback import Recorder
@@ -166,18 +161,18 @@ def execute(
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
     if "evaluate" in stages:
-        rows = {**rows, "elsewhere": elsewhere.texts(settings, data_dir)}
+        rows["elsewhere"] = elsewhere.texts(settings, data_dir)
 
     def evaluate_stage(stage: str) -> None:
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
-            evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
+            evaluate_model(run, stage, model, tokenizer, rows, settings)
 
     asked = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
     left = {s for s in asked if not run.is_done(s)}
     guarded = {*settings.retention.stages} if settings.retention.rule != "none" else set()
     kept: list[Reply] = []
     if left & (guarded | ({"sft"} if settings.sft.replay else set())):  # before any LoRA
-        tests = [*rows["held_out"], *ifeval, *rows.get("elsewhere", ())]
+        tests = [*rows["held_out"], *rows["ifeval"], *rows["elsewhere"]]
         file = run.folder / "replies.jsonl"
         kept = broad.of_run(file, model, tokenizer, settings, tests, data_dir)
     evaluate_stage("base")
@@ -222,13 +217,13 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
     run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
 
 
-def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:
+def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
     """Evaluate the model as it is, write one row per reply and the measures with intervals."""
     from tqdm import tqdm
 
     from bbkit import elsewhere, evaluate, generation, memory, report
 
-    section, held_out = settings.evaluation, rows["held_out"]
+    section, held_out, ifeval = settings.evaluation, rows["held_out"], rows["ifeval"]
     run.forget_held_out(stage)
     memory.forget_peak()
     began = time.perf_counter()
