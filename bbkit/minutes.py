@@ -37,17 +37,14 @@ RECORDED = {
         "one core that computes in bfloat16", (1.60, 1.08),
     ),
 }  # fmt: skip
-STAGES = ("sft", "grpo", "evaluate")
 
 
-def estimate(
-    preset: str | None, settings: Settings, stages: Sequence[str] = STAGES
-) -> dict[str, float]:
+def estimate(preset: str | None, settings: Settings, stages: Sequence[str]) -> dict[str, float]:
     """Minutes of each stage, {} for a preset of which no run is recorded.
 
     >>> from bbkit import config
-    >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket")).items()}
-    {'sft': 1.5, 'grpo': 6.9, 'evaluate': 0.3}
+    >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket"), ["sft"]).items()}
+    {'sft': 1.5}
     """
     pace = RECORDED.get(preset or "")
     if not pace:
@@ -63,7 +60,7 @@ def estimate(
     for stage, ratio in zip(("sft", "grpo"), pace.kept, strict=True):
         if settings.retention.rule != "none" and stage in settings.retention.stages:
             seconds[stage] *= ratio
-    return {stage: seconds[stage] / 60 for stage in STAGES if stage in stages}
+    return {stage: value / 60 for stage, value in seconds.items() if stage in stages}
 
 
 def said(preset: str | None, minutes: dict[str, float]) -> str:

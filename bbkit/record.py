@@ -44,10 +44,9 @@ def resolve_resume(resume: str, out: Path) -> Path | None:
     if resume == "no" or (resume == "auto" and not _begun(out)):
         return None
     folder = out if resume == "auto" else Path(resume)
-    if not folder.is_dir():
-        raise InputError(f"--resume {resume}: no such folder; give a run folder, auto or no")
     if not (folder / "run.json").exists():
-        raise InputError(f"--resume {resume}: no run.json in it; give the folder of a run")
+        what = "no run.json in it" if folder.is_dir() else "no such folder"
+        raise InputError(f"--resume {resume}: {what}; give a run folder, auto or no")
     return folder
 
 
