@@ -38,10 +38,10 @@ class Recorder(TrainerCallback):
     that are skipped, and raises it after SKIPPED of them in a row.
     """
 
-    def __init__(self, run: record.Run, stage: str, steps: int, settings: Settings):
-        self.run, self.stage, self.steps, self.settings = run, stage, steps, settings
-        self.stop, self.seconds, self.saved = False, 0.0, time.monotonic()
-        self.peak_gib = 0.0
+    def __init__(self, run: record.Run, stage: str, settings: Settings):
+        self.run, self.stage, self.settings = run, stage, settings
+        self.steps = getattr(settings, stage).steps
+        self.stop, self.seconds, self.peak_gib, self.saved = False, 0.0, 0.0, time.monotonic()
         self.skipped = 0  # steps in a row that float16's scaler has left out
         self.midway = False  # in a step, of which nothing has reached the weights yet
         self.whole: Callable[[], None] | None = None  # brings back the end of the last step
@@ -76,9 +76,8 @@ class Recorder(TrainerCallback):
             self._save_last_step()
             raise
         except pickle.UnpicklingError as error:  # transformers reads with weights_only
-            raise InputError(
-                f"{checkpoint}: not the state of a trainer; remove it to go on without"
-            ) from error
+            said = "not the state of a trainer; remove it to go on without"
+            raise InputError(f"{checkpoint}: {said}") from error
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
@@ -110,8 +109,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self.whole = _as_now(self.trainer)
-        minutes = self.settings.run.save_minutes
-        due = bool(minutes) and time.monotonic() - self.saved > 60 * minutes
+        seconds = 60 * self.settings.run.save_minutes
+        due = 0 < seconds < time.monotonic() - self.saved
         accelerator = self.trainer.accelerator
         out = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
         self.skipped = self.skipped + 1 if out else 0
@@ -121,12 +120,9 @@ class Recorder(TrainerCallback):
                 f"in a row; lower {self.stage}.learning_rate, or set model.dtype: float32"
             )
         self.stop, due = processes.in_any(self.stop, due)
-        if self.stop:
-            control.should_training_stop = True
-        if self.stop or due:
-            control.should_save = True
+        control.should_training_stop |= self.stop
+        control.should_save |= self.stop or due
         self.bar.update(1)
-        return control
 
     def on_save(self, args, state, control, **_):
         processes.wait()  # each writes the state of its own random numbers
@@ -135,23 +131,19 @@ class Recorder(TrainerCallback):
         self.saved = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **_):
-        logs = logs or {}
-        if "loss" not in logs:
+        if "loss" not in (logs or {}):
             return  # the summary at the end of training
+        known = {k: v for k, v in logs.items() if k not in LEFT_OUT and v is not None}
+        row: dict[str, Any] = {_key(k): float(v) for k, v in known.items()}
         if self.skipped:
-            logs = {
-                k: v for k, v in logs.items()
-                if k == "loss" or not _is_number(v) or math.isfinite(float(v))
-            } | {"skipped": self.skipped}  # fmt: skip
+            row = {k: v for k, v in row.items() if k == "loss" or math.isfinite(v)}
+            row["skipped"] = float(self.skipped)
         for key in ("loss", "grad_norm"):
-            if not math.isfinite(float(logs.get(key, 0.0))):
+            if not math.isfinite(row.get(key, 0.0)):
                 raise Unhealthy(
-                    f"{self.stage} step {state.global_step}: {key} is {logs[key]}; the last "
+                    f"{self.stage} step {state.global_step}: {key} is {row[key]}; the last "
                     f"checkpoint is kept, lower {self.stage}.learning_rate and start a new run"
                 )
-        row: dict[str, Any] = {
-            _key(k): float(v) for k, v in logs.items() if k not in LEFT_OUT and _is_number(v)
-        }
         if self.stage == "grpo":
             row["gradient_engine"] = self.trainer.gradient_engine
         self.run.log(self.stage, state.global_step, row)
@@ -162,9 +154,8 @@ class Recorder(TrainerCallback):
                 self.bar.write(f"{self.stage} step {state.global_step}: {line}", file=sys.stdout)
         shown = {k.partition("/")[2]: f"{v:.2f}" for k, v in row.items() if k.startswith("reward/")}
         self.bar.set_postfix(shown or {"loss": f"{row['loss']:.2f}"})
-        for sample in getattr(self.trainer, "last_samples", [])[
-            : self.settings.run.samples_per_log
-        ]:
+        samples = getattr(self.trainer, "last_samples", [])
+        for sample in samples[: self.settings.run.samples_per_log]:
             self.run.sample(self.stage, state.global_step, sample)
 
 
@@ -192,11 +183,3 @@ def _key(name: str) -> str:
         _, capability, kind = name.split("/")
         return f"reward/{capability}" if kind == "mean" else f"reward_spread/{capability}"
     return {"step_time": "seconds/step"}.get(name, name)
-
-
-def _is_number(value) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True

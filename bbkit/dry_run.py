@@ -5,6 +5,8 @@ Serves no claim: `python -m bbkit.train --dry-run`.
 
 from collections.abc import Sequence
 
+import yaml
+
 from bbkit import config
 from bbkit.config import Settings
 
@@ -17,8 +19,7 @@ def show(
 
     from bbkit import memory, minutes, models
 
-    print(config.to_yaml(settings))
-    s, g = settings.sft, settings.grpo
+    print(yaml.safe_dump(config.to_dict(settings), sort_keys=False, width=100))
     if card:  # of another machine: what its GPU computes in is not known here
         name = settings.model.dtype
         dtype, kind = getattr(torch, "bfloat16" if name == "auto" else name), "cuda"
@@ -28,14 +29,13 @@ def show(
         kind, room = device.type, memory.free_bytes(device)
     planned = memory.plan(settings, dtype, kind, offline)
     need = {stage: parts for stage, parts in planned.items() if stage in stages} or planned
-    tokens = g.steps * g.prompts * g.generations * g.max_completion_length
+    s, g = settings.sft, settings.grpo
     if "sft" in stages:
         print(f"sft   {s.steps} steps of {s.batch_size} sequences")
     if "grpo" in stages:
-        print(
-            f"grpo  {g.steps} steps of {g.prompts} prompts x {g.generations} completions, "
-            f"at most {tokens:,} new tokens"
-        )
+        tokens = g.steps * g.prompts * g.generations * g.max_completion_length
+        shape = f"{g.prompts} prompts x {g.generations} completions"
+        print(f"grpo  {g.steps} steps of {shape}, at most {tokens:,} new tokens")
     print(minutes.said(preset, minutes.estimate(preset, settings, stages)))
     for stage, parts in need.items():
         *rest, (_, peak) = parts.items()

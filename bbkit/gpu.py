@@ -5,11 +5,8 @@ mend, and who owns the card would else get a run on the CPU without a hint.
 """
 
 import os
-import shutil
 import subprocess
 import time
-
-ASK = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
 
 
 def obstacle() -> str:
@@ -28,25 +25,22 @@ def obstacle() -> str:
         return f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU"
     if not (found := seen()):
         return "no CUDA GPU is visible"
-    built = torch.version.cuda
-    if built is None:
+    if (built := torch.version.cuda) is None:
         without = f"this torch ({torch.__version__}) is built without CUDA"
         return f"{found} is here, and {without}; install one with CUDA (pytorch.org)"
-    why = "it says not why"
+    why, mend = "it says not why", "update the driver, or install a torch for an older CUDA"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0]
-    mend = "update the driver, or install a torch for an older CUDA"
     return f"{found} is here, and torch for CUDA {built} cannot use it ({why}); {mend}"
 
 
 def seen() -> str:
     """The GPU that NVIDIA's own tool finds, such as "Tesla T4 with driver 470.82.01", or ""."""
-    if not shutil.which(ASK[0]):
-        return ""
+    ask = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     try:
-        told = subprocess.run(ASK, capture_output=True, text=True, timeout=20, check=True).stdout
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
         name, driver = told.splitlines()[0].split(", ")
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return ""

@@ -5,6 +5,7 @@ no sign: it ends the run (bbkit.callback).
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import fmean, median
 from typing import Any
 
@@ -24,11 +25,9 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(last) < WINDOW:
         return {}
     found = {}
-    rewards = sorted({key for row in last for key in row if key.startswith(REWARD)})
-    for key in rewards:
-        values = _of(last, key)
-        name = key.removeprefix(REWARD)
-        if len(values) == WINDOW and max(values) == 0:
+    names = sorted(key.removeprefix(REWARD) for key in {*chain(*last)} if key.startswith(REWARD))
+    for name in names:
+        if _of(last, REWARD + name) == [0] * WINDOW:
             found[f"no {name}"] = (
                 f"reward {name} has been 0 for {WINDOW} steps, so nothing is learned from it: more "
                 "SFT steps, easier questions or a higher grpo.temperature give it a start"
@@ -52,29 +51,29 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             )
         kept, made = (_of(last, f"retention/slope{end}") for end in ("_kept", ""))
         bound = sum(a < b for a, b in zip(kept, made, strict=True)) / WINDOW  # the cone's never is
-        if rewards and bound > 0.8 and max(rise, fall) < 0.02:
+        if names and bound > 0.8 and max(rise, fall) < 0.02:
             found["budget binds"] = (
                 f"retention cut {bound:.0%} of the steps while no reward rises: raise "
                 "retention.budget, or a lower learning rate needs less of it"
             )
-    if norms := _of(rows[:-1], "grad_norm"):
-        now, usual = _of(rows[-1:], "grad_norm"), median(norms)
-        if now and now[0] > 20 * usual > 0:
-            found["gradient jump"] = (
-                f"gradient norm {now[0]:.3g}, {now[0] / usual:.0f} times its median: if it stays, "
-                "lower the learning rate or max_grad_norm"
-            )
+    now, norms = last[-1].get("grad_norm") or 0, _of(rows[:-1], "grad_norm")
+    if norms and now > 20 * median(norms) > 0:
+        found["gradient jump"] = (
+            f"gradient norm {now:.3g}, {now / median(norms):.0f} times its median: if it stays, "
+            "lower the learning rate or max_grad_norm"
+        )
     return found
 
 
 def over(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every sign of a whole run, once, with stage and step at which it first came up."""
     lines: dict[tuple[str, str], str] = {}
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        own = [row for row in rows if row["stage"] == stage]
-        for end in range(WINDOW, len(own) + 1):
-            for name, line in signs(own[:end]).items():
-                lines.setdefault((stage, name), f"{stage} step {own[end - 1]['step']}: {line}")
+    stages: dict[str, list] = {}
+    for row in rows:
+        own = stages.setdefault(row["stage"], [])
+        own.append(row)
+        for name, line in signs(own).items():
+            lines.setdefault((row["stage"], name), f"{row['stage']} step {row['step']}: {line}")
     return list(lines.values())
 
 

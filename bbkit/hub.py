@@ -4,8 +4,6 @@ Only safetensors and gguf weights are read, nothing that comes with a model is r
 libraries' many errors become one line each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -20,7 +18,7 @@ from bbkit import files
 from bbkit.errors import CannotRun, InputError
 
 POCKET = Path(__file__).parent / "pocket"
-WISHED = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+WISHED = {name: os.environ.get(name, "0") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a Hub model; no pickles
 
 
@@ -30,11 +28,8 @@ def go_private(offline: bool) -> None:
     Where they are imported already, as in a notebook, the last call holds: a run of pocket does not
     keep the next one, of another model, from the Hub.
     """
-    for name, wish in WISHED.items():
-        os.environ.pop(name, None)
-        if offline or wish is not None:
-            os.environ[name] = "1" if offline else str(wish)
-    closed = offline or (WISHED["HF_HUB_OFFLINE"] or "0").lower() in ("1", "on", "yes", "true")
+    os.environ.update(dict.fromkeys(WISHED, "1") if offline else WISHED)
+    closed = os.environ["HF_HUB_OFFLINE"].lower() in ("1", "on", "yes", "true")
     for module in ("huggingface_hub.constants", "datasets.config"):
         if module in sys.modules:
             vars(sys.modules[module]).update(HF_HUB_OFFLINE=closed, HF_DATASETS_OFFLINE=closed)
@@ -67,15 +62,17 @@ def locate(
     from httpx import HTTPError
 
     # besides pickles, what is left out are the same weights in other formats
-    options: dict[str, Any] = {"revision": revision or None, "local_files_only": offline}
-    options |= {"allow_patterns": list(wanted), "ignore_patterns": ["*/*", "consolidated*"]}
+    patterns: dict[str, Any] = {"allow_patterns": [*wanted]}
+    patterns |= {"ignore_patterns": ["*/*", "consolidated*"], "local_files_only": offline}
     try:
-        return Path(huggingface_hub.snapshot_download(name, **options))
+        found = huggingface_hub.snapshot_download(name, revision=revision or None, **patterns)
+        return Path(found)
     except (OSError, ValueError, HTTPError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise CannotRun(f"model {name}: the disk is full; make room for it") from error
-        closed, why = offline or huggingface_hub.constants.HF_HUB_OFFLINE, one_line(error)
+        why = one_line(error)
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            closed = offline or huggingface_hub.constants.HF_HUB_OFFLINE
             why = "not cached, and " + ("this run is offline" if closed else "no way to the Hub")
         mend = f"run `hf download {name}` first, or set model.name to a folder or .gguf file"
         raise InputError(f"model {name}: {why}; {mend}") from error

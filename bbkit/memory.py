@@ -5,24 +5,20 @@ The arithmetic is of Llama-like decoders (Llama, Qwen2.5, SmolLM2, pocket); bbki
 compares it with peaks that were measured and that others published.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bbkit import hub
+from bbkit import config, hub
+from bbkit.config import Model as ModelSettings
+from bbkit.config import Settings
 from bbkit.errors import CannotRun, InputError
 from bbkit.prompts import LOGITS
-
-if TYPE_CHECKING:
-    from bbkit.config import Model as ModelSettings
-    from bbkit.config import Settings
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
 PROCESS = {"cpu": 0.75e9, "cuda": 0.6e9}  # Python with its libraries; a CUDA context
@@ -39,15 +35,9 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 30, 9, 3, 1536, 49152, True, 8192),
 }
 FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+    "vocab_size tie_word_embeddings max_position_embeddings"
+).split()
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
@@ -106,18 +96,33 @@ def measure(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple
         from transformers import AutoConfig
 
         folder, options = hub.source(path)
-        config = AutoConfig.from_pretrained(folder, **options)
-        return config, sizes(config, settings, dtype)
+        found = AutoConfig.from_pretrained(folder, **options)
+        return found, sizes(found, settings, dtype)
 
 
-def check_length(config: Any, settings: ModelSettings) -> None:
+def _dimensions(settings: ModelSettings, dtype: torch.dtype, offline: bool) -> tuple[Any, dict]:
+    """As `measure`, with the published dimensions where the model cannot be reached."""
+    try:
+        return measure(settings, dtype, offline)
+    except InputError:
+        if settings.name not in PUBLISHED:
+            raise
+    from transformers import AutoConfig
+
+    family = "qwen2" if settings.name.startswith("Qwen/") else "llama"
+    known = dict(zip(FIELDS, PUBLISHED[settings.name], strict=True))
+    found = AutoConfig.for_model(family, **known)
+    return found, sizes(found, settings, dtype)
+
+
+def check_length(shape: Any, settings: ModelSettings) -> None:
     """InputError where a sequence may be longer than the model has positions."""
-    room = getattr(config, "max_position_embeddings", None) or settings.max_length
+    room = getattr(shape, "max_position_embeddings", None) or settings.max_length
     if settings.max_length > room:
         raise InputError(f"model.max_length {settings.max_length}: the model has room for {room}")
 
 
-def sizes(config: Any, settings: ModelSettings, dtype: torch.dtype) -> dict[str, int]:
+def sizes(shape: Any, settings: ModelSettings, dtype: torch.dtype) -> dict[str, int]:
     """Numbers of weights and of LoRA weights, and the bytes of both with what training them adds.
 
     That is float32 LoRA weights, gradients and two Adam moments; activations are not counted.
@@ -125,7 +130,7 @@ def sizes(config: Any, settings: ModelSettings, dtype: torch.dtype) -> dict[str,
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # shapes without memory
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(shape)
     head, targets = model.get_output_embeddings(), settings.lora_targets
     total, packed, lora = sum(p.numel() for p in model.parameters()), 0, 0
     for name, layer in model.named_modules():
@@ -147,65 +152,47 @@ def plan(
     "peak" is their sum, but for the KV cache, which is gone when gradients come: the larger counts.
     Without the Hub the published dimensions serve for the models of the presets.
 
-    >>> from bbkit import config
     >>> found = plan(config.load("pocket"), torch.float32)["grpo"]
     >>> found["peak"] > found["activations"] > found["adapter"] > 0
     True
     """
-    model = settings.model
-    try:
-        config, found = measure(model, dtype, offline)
-    except InputError:
-        if model.name not in PUBLISHED:
-            raise
-        from transformers import AutoConfig
-
-        family = "qwen2" if model.name.startswith("Qwen/") else "llama"
-        known = dict(zip(FIELDS, PUBLISHED[model.name], strict=True))
-        config = AutoConfig.for_model(family, **known)
-        found = sizes(config, model, dtype)
-    check_length(config, model)
-    lora, layers, hidden = found["lora_parameters"], config.num_hidden_layers, config.hidden_size
+    model, kept, s, g = settings.model, settings.retention, settings.sft, settings.grpo
+    shape, found = _dimensions(model, dtype, offline)
+    check_length(shape, model)
+    lora, layers, hidden = found["lora_parameters"], shape.num_hidden_layers, shape.hidden_size
     # Kept for the backward pass, per token and layer: the inputs of the two norms, of the linear
     # maps with LoRA (that of q, k, v is one), q, k, v, and four widths of the feed-forward part.
-    kept = (10 * hidden + 4 * config.intermediate_size) * dtype.itemsize + 28 * model.lora_rank
+    inside = (10 * hidden + 4 * shape.intermediate_size) * dtype.itemsize + 28 * model.lora_rank
     if kind == "cpu" and dtype.itemsize < 4:  # no autocast: each LoRA layer's input in float32 too
-        kept += 4 * (6 * hidden + config.intermediate_size)
-    saved = (
-        layers * hidden * dtype.itemsize + kept if model.gradient_checkpointing else layers * kept
-    )
-    heads = config.num_key_value_heads * (hidden // config.num_attention_heads)
+        inside += 4 * (6 * hidden + shape.intermediate_size)
+    between = layers * hidden * dtype.itemsize
+    saved = between + inside if model.gradient_checkpointing else layers * inside
+    heads = shape.num_key_value_heads * (hidden // shape.num_attention_heads)
     cache = 2 * heads * layers * dtype.itemsize
     common = {"process": int(PROCESS[kind]), "weights": found["weight_bytes"], "adapter": 4 * lora}
     out = {}
-    s, g = settings.sft, settings.grpo
     for stage, sequences, read, rows, filled in (
         ("sft", s.micro_batch_size, model.max_length, 0, 0),
         ("grpo", g.micro_batch_size, g.max_completion_length, 3 + bool(g.beta),
          g.sample_at_once or g.prompts * g.generations),
     ):  # fmt: skip
-        section = getattr(settings, stage)
-        parts = common | {"optimiser": (2 if "8bit" in section.optimizer else 8) * lora}
-        passing = {
-            "gradients": 4 * lora * (1 + rows),
-            "activations": sequences * model.max_length * saved,
-            "logits": LOGIT[kind] * sequences * read * config.vocab_size,
-        }
-        kv = {"kv_cache": filled * model.max_length * cache}
-        kept = settings.retention
+        small = "8bit" in getattr(settings, stage).optimizer
+        parts = common | {"optimiser": (2 if small else 8) * lora}
+        activations = sequences * model.max_length * saved
+        logits = sequences * read * shape.vocab_size
         if kept.rule != "none" and stage in kept.stages:
             # Its own passes come after, in parts of so many logits; a step's rule keeps where the
             # weights were, the row, the displacement and the metric beside the gradients.
-            row = config.vocab_size * (kept.max_new_tokens + 1)
+            row = shape.vocab_size * (kept.max_new_tokens + 1)
             some = min(kept.per_step, max(1, LOGITS // row))
+            tokens = some * min(2 * kept.max_new_tokens, model.max_length)
             parts["retention"] = 4 * lora * (1 if kept.rule == "penalty" else 6)
-            passing["activations"] = max(
-                passing["activations"],
-                some * min(2 * kept.max_new_tokens, model.max_length) * saved,
-            )
-            passing["logits"] = max(passing["logits"], LOGIT[kind] * some * row)
-        peak = sum(parts.values()) + max(sum(passing.values()), kv["kv_cache"])
-        out[stage] = parts | passing | kv | {"peak": peak}
+            activations, logits = max(activations, tokens * saved), max(logits, some * row)
+        passing = {"gradients": 4 * lora * (1 + rows), "activations": activations}
+        passing["logits"] = LOGIT[kind] * logits
+        kv = filled * model.max_length * cache
+        peak = sum(parts.values()) + max(sum(passing.values()), kv)
+        out[stage] = parts | passing | {"kv_cache": kv, "peak": peak}
     return out
 
 
@@ -213,24 +200,21 @@ def mend(
     settings: Settings, dtype: torch.dtype, room: int, kind: str = "cpu", offline: bool = False
 ) -> list[str]:
     """Settings that make the plan fit into `room` bytes, the cheapest first; [] if none do."""
-    from bbkit import config
-
-    values, said = config.to_dict(settings), []
-    for section, key, value in (
-        ("model", "quantization", "nf4"),
-        ("model", "gradient_checkpointing", True),
-        ("sft", "micro_batch_size", 1),
-        ("grpo", "micro_batch_size", settings.grpo.generations),
-        ("sft", "optimizer", "adamw_8bit"),
-        ("grpo", "optimizer", "adamw_8bit"),
-        ("grpo", "prompts", 4),
+    flat, said = config.leaves(config.to_dict(settings)), []
+    for key, value in (
+        ("model.quantization", "nf4"),
+        ("model.gradient_checkpointing", True),
+        ("sft.micro_batch_size", 1),
+        ("grpo.micro_batch_size", settings.grpo.generations),
+        ("sft.optimizer", "adamw_8bit"),
+        ("grpo.optimizer", "adamw_8bit"),
+        ("grpo.prompts", 4),
     ):
-        before = values[section][key]
-        if before == value or (key in ("micro_batch_size", "prompts") and before < value):
+        if flat[key] == value or (type(value) is int and flat[key] < value):
             continue
-        values[section][key] = value
-        said.append(f"{section}.{key}={str(value).lower()}")
-        changed = plan(config.from_dict(values), dtype, kind, offline)
+        flat[key] = value
+        said.append(f"{key}={str(value).lower()}")
+        changed = plan(config.from_dict(flat), dtype, kind, offline)
         if max(stage["peak"] for stage in changed.values()) <= room:
             return said
     return []

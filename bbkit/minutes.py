@@ -37,40 +37,35 @@ RECORDED = {
         "one core that computes in bfloat16", (1.60, 1.08),
     ),
 }  # fmt: skip
-STAGES = ("sft", "grpo", "evaluate")
 
 
-def estimate(
-    preset: str | None, settings: Settings, stages: Sequence[str] = STAGES
-) -> dict[str, float]:
+def estimate(preset: str | None, settings: Settings, stages: Sequence[str]) -> dict[str, float]:
     """Minutes of each stage, {} for a preset of which no run is recorded.
 
     >>> from bbkit import config
-    >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket")).items()}
-    {'sft': 1.5, 'grpo': 6.9, 'evaluate': 0.3}
+    >>> {k: round(v, 1) for k, v in estimate("pocket", config.load("pocket"), ["sft"]).items()}
+    {'sft': 1.5}
     """
     pace = RECORDED.get(preset or "")
     if not pace:
         return {}
     s, g, e = settings.sft, settings.grpo, settings.evaluation
     asked = e.questions + e.instructions if e.questions and e.instructions else pace.held_out
-    evaluations = 1 + bool(s.steps) + bool(g.steps)
-    kept = settings.retention.stages if settings.retention.rule != "none" else ()
-    times = {name: ratio for name, ratio in zip(STAGES[:2], pace.kept, strict=True) if name in kept}
+    tokens = asked * e.max_new_tokens + e.ifeval * e.ifeval_tokens
     seconds = {
-        "sft": s.steps * s.batch_size * pace.sft * times.get("sft", 1),
-        "grpo": g.steps * g.prompts * g.generations * pace.grpo * times.get("grpo", 1),
-        "evaluate": evaluations * pace.token
-        * (asked * e.max_new_tokens + e.ifeval * e.ifeval_tokens),
-    }  # fmt: skip
-    return {stage: seconds[stage] / 60 for stage in STAGES if stage in stages}
+        "sft": s.steps * s.batch_size * pace.sft,
+        "grpo": g.steps * g.prompts * g.generations * pace.grpo,
+        "evaluate": (1 + bool(s.steps) + bool(g.steps)) * pace.token * tokens,
+    }
+    for stage, ratio in zip(("sft", "grpo"), pace.kept, strict=True):
+        if settings.retention.rule != "none" and stage in settings.retention.stages:
+            seconds[stage] *= ratio
+    return {stage: value / 60 for stage, value in seconds.items() if stage in stages}
 
 
 def said(preset: str | None, minutes: dict[str, float]) -> str:
     """The estimate as a line.
 
-    >>> said("t4", {})
-    'minutes: not known, no run of preset t4 is recorded'
     >>> said("smollm2-cpu", {"sft": 25.0})
     'minutes: about 25 on one core that computes in bfloat16 (sft 25.0)'
     """

@@ -105,10 +105,8 @@ def gradients(folder: Path) -> "Figure | None":
     top.axhspan(-null, null, color="#555555", alpha=0.25)
     top.set(ylabel="cosine of the gradients", ylim=(-1.05, 1.05))
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="coefficient")
-    top.legend(
-        lines.values(), lines, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3,
-        frameon=False, fontsize=8, handlelength=3,
-    )  # fmt: skip
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.14), "ncols": 3}
+    top.legend(lines.values(), lines, frameon=False, fontsize=8, handlelength=3, **where)
     return captioned(
         figure,
         f"Cosine between the gradients of two capabilities in one step (mean of the last {window})"
@@ -127,9 +125,8 @@ def before_after(folder: Path) -> "Figure | None":
     figure, axis = new_figure(1.6 * len(measures) + 1, 4.6)
     width, ticks = 0.84 / len(stages), []
     for i, measure in enumerate(measures):
-        known = [s for s in stages if measure in results[s]]
         ticks.append(textwrap.fill(NAMES[measure], 16) + f"\nn = {count_of(results, measure)}")
-        for stage in known:
+        for stage in (s for s in stages if measure in results[s]):
             x = i + (stages.index(stage) - (len(stages) - 1) / 2) * width
             value, low, high = percent(results[stage][measure])
             style = {"alpha": SHADES[stage], "hatch": "//" if "unseen" in measure else None}
@@ -144,10 +141,8 @@ def before_after(folder: Path) -> "Figure | None":
         for name, line in zip(BASELINES, ("-", "--", ":"), strict=True):
             if measure == "domain" and name in results.get("baseline", {}):
                 value = percent(results["baseline"][name])[0]
-                label = f"{BASELINES[name]} ({value:.0f})"
-                axis.plot(
-                    [i - 0.46, i + 0.46], [value] * 2, line, color="black", lw=1.2, label=label
-                )
+                style = {"color": "black", "lw": 1.2, "label": f"{BASELINES[name]} ({value:.0f})"}
+                axis.plot([i - 0.46, i + 0.46], [value] * 2, line, **style)
     axis.set_xticks(range(len(measures)), ticks)
     axis.tick_params(axis="x", length=0, pad=14)
     axis.set(ylabel="held-out result (%)", ylim=(0, 108), yticks=range(0, 101, 20))
@@ -172,9 +167,8 @@ def front(folder: Path) -> "Figure | None":
         return None
     figure, axis = new_figure(5.6, 5.2)
     places = []
-    for stage, marker in zip(STAGES, "osD", strict=True):
-        if stage not in stages:
-            continue
+    for stage in stages:
+        marker = {"base": "o", "sft": "s", "grpo": "D"}[stage]
         (x, *xs), (y, *ys) = (percent(results[stage][m]) for m in ("instruction", "domain"))
         spread = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
         axis.errorbar(x, y, **spread, color="#777777", capsize=3, lw=1)

@@ -48,10 +48,8 @@ def share(sequences: int, micro_batch: int, key: str) -> int:
     """
     passes, left = divmod(sequences, micro_batch * count())
     if left:
-        raise InputError(
-            f"{key}.micro_batch_size={micro_batch} in {count()} processes must divide the "
-            f"{sequences} sequences of a step"
-        )
+        said = f"must divide the {sequences} sequences of a step"
+        raise InputError(f"{key}.micro_batch_size={micro_batch} in {count()} processes {said}")
     return passes
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from bbkit import processes
 from bbkit.config import Settings, leaves, to_dict
 from bbkit.errors import CannotRun, InputError
-from bbkit.files import MARKER, guarded, plain, read_json, read_rows, write_bytes, write_json
+from bbkit.files import MARKER, guarded, plain, read_json, read_rows, write_json, write_rows
 
 try:
     import fcntl
@@ -44,10 +44,9 @@ def resolve_resume(resume: str, out: Path) -> Path | None:
     if resume == "no" or (resume == "auto" and not _begun(out)):
         return None
     folder = out if resume == "auto" else Path(resume)
-    if not folder.is_dir():
-        raise InputError(f"--resume {resume}: no such folder; give a run folder, auto or no")
     if not (folder / "run.json").exists():
-        raise InputError(f"--resume {resume}: no run.json in it; give the folder of a run")
+        what = "no run.json in it" if folder.is_dir() else "no such folder"
+        raise InputError(f"--resume {resume}: {what}; give a run folder, auto or no")
     return folder
 
 
@@ -62,10 +61,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """run.json of a run folder; InputError where it is none."""
     manifest = read_json(folder / "run.json")
     kinds = {"settings": dict, "stages": dict, "sessions": list, "versions": dict}
-    whole = isinstance(manifest, dict)
-    if not whole or not all(isinstance(manifest.get(k), kind) for k, kind in kinds.items()):
-        raise InputError(f"{folder / 'run.json'}: not the manifest of a run of this kit")
-    return manifest
+    if isinstance(manifest, dict) and all(isinstance(manifest.get(k), kinds[k]) for k in kinds):
+        return manifest
+    raise InputError(f"{folder / 'run.json'}: not the manifest of a run of this kit")
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -76,9 +74,11 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     >>> first_difference({"grpo": {"steps": 3}}, {"grpo": {"steps": 4}})
     'grpo.steps was 3 and is now 4'
     """
-    a, b, none = leaves(plain(to_dict(Settings()))) | leaves(old), leaves(new), "not set"
-    changed = (k for k in [*b, *leaves(old)] if a.get(k, none) != b.get(k, none))
-    return next((f"{k} was {a.get(k, none)} and is now {b.get(k, none)}" for k in changed), "")
+    a, b, none = leaves(to_dict(Settings())) | leaves(old), leaves(new), "not set"
+    for k in [*b, *leaves(old)]:
+        if a.get(k, none) != b.get(k, none):
+            return f"{k} was {a.get(k, none)} and is now {b.get(k, none)}"
+    return ""
 
 
 def machine() -> dict[str, Any]:
@@ -134,11 +134,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, Any],
-        command: Sequence[str],
-        resume: Path | None = None,
+        self, folder: Path, settings: Mapping, command: Sequence[str], resume: Path | None = None
     ) -> None:
         self.folder, self.writes = folder, processes.is_first()
         if self.writes:
@@ -183,8 +179,7 @@ class Run:
         """Note how the run ended; after a failure, remove checkpoints that were being written."""
         if not self.writes:
             return
-        by_hand = kind is not None and issubclass(kind, KeyboardInterrupt)
-        stopped = "interrupted" if by_hand else f"failed: {error}"
+        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
         for checkpoint in self.folder.glob("*/checkpoint-*") if kind else ():
             if not (checkpoint / MARKER).exists():
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -213,26 +208,19 @@ class Run:
         """Append one row to metrics.jsonl."""
         self._append("metrics.jsonl", {"stage": stage, "step": step, **values})
 
-    def sample(
-        self, stage: str, step: int, values: Mapping[str, Any], held_out: bool = False
-    ) -> None:
-        """Append one completion to samples.jsonl: prompt, reply, gold, rewards by name, …
-
-        `held_out`: from the evaluation after the stage, which comes after all steps of it.
-        """
+    def sample(self, stage: str, step: int, values: Mapping, held_out: bool = False) -> None:
+        """Append one completion to samples.jsonl: prompt, reply, gold, rewards by name, …"""
         kind = "held-out" if held_out else "train"
         self._append("samples.jsonl", {"stage": stage, "step": step, "kind": kind, **values})
 
     def truncate(self, stage: str, step: int) -> None:
         """Forget metrics and samples written after training step `step` of `stage`.
 
-        Call it with the checkpoint's step before going on from it. Held-out samples count as later
-        than every step of their stage.
+        Held-out samples count as later than every step of their stage.
         """
 
         def order(row: Mapping[str, Any]) -> tuple[int, bool, int]:
-            held_out = row.get("kind") == "held-out"
-            return STAGES.index(row["stage"]), held_out, 0 if held_out else row["step"]
+            return STAGES.index(row["stage"]), row.get("kind") == "held-out", row["step"]
 
         self._keep(lambda row: order(row) <= (STAGES.index(stage), False, step))
 
@@ -259,9 +247,8 @@ class Run:
         if name != "settings":  # whose keys are known without it
             old, new = {name: old}, {name: new}
         if change := first_difference(old, new):
-            raise InputError(
-                f"{self.folder}: cannot resume, {change}; undo it or use another --out"
-            )
+            said = f"cannot resume, {change}; undo it or use another --out"
+            raise InputError(f"{self.folder}: {said}")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if not self.writes:
@@ -279,13 +266,11 @@ class Run:
                 raise
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        names = ("metrics.jsonl", "samples.jsonl") if self.writes else ()
-        for path in (self.folder / name for name in names):
+        for path in (self.folder / name for name in ("metrics.jsonl", "samples.jsonl")):
             try:
                 kept = [row for row in read_rows(path) if wanted(row)]
             except (KeyError, ValueError, TypeError) as error:
                 said = "a row without stage or step; the file was damaged"
                 raise InputError(f"{path}: {said}") from error
-            rows = [json.dumps(row, ensure_ascii=False) for row in kept]
-            if path.exists():
-                write_bytes(path, "".join(f"{row}\n" for row in rows).encode(errors="replace"))
+            if self.writes and path.exists():
+                write_rows(path, kept)

@@ -21,32 +21,35 @@ from bbkit.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, perc
 
 
 def write(folder: Path) -> Path:
-    """Draw the figures and write report.md, which a person reads first; works on unfinished runs.
+    """Draw the figures and write report.md; works on unfinished runs.
 
     Reads run.json, metrics.jsonl, samples.jsonl and evaluation.json; gives the report's path.
     Raises InputError where they are not those of a run.
     """
     try:
-        return _write(folder)
+        text = "\n\n".join(_parts(folder)) + "\n"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         said = f"its files are not those of a run of this kit ({type(error).__name__}: {error})"
         raise InputError(f"{folder}: {said}") from error
-
-
-def _write(folder: Path) -> Path:
-    manifest, results = read_json(folder / "run.json"), results_of(folder)
-    settings = manifest["settings"]
-    parts = [f"# Run of {settings['model']['name']}", *headline(results)]
-    parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
-    logged = read_rows(folder / "metrics.jsonl")
-    parts += _retention(settings.get("retention", {}), logged)
-    noticed = health.over(logged)
-    parts += ["## Health", "\n".join(f"- {line}" for line in noticed) or "Nothing was noticed."]
-    parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl")), "## What ran"]
-    parts += ["\n".join(f"- {name}: {value}" for name, value in facts(manifest).items())]
-    parts += ["## Run it again", f"```\n{manifest['command']}\n```"]
-    write_bytes(folder / "report.md", ("\n\n".join(parts) + "\n").encode(errors="replace"))
+    write_bytes(folder / "report.md", text.encode(errors="replace"))
     return folder / "report.md"
+
+
+def _parts(folder: Path) -> list[str]:
+    manifest, logged = read_json(folder / "run.json"), read_rows(folder / "metrics.jsonl")
+    settings = manifest["settings"]
+    parts = [f"# Run of {settings['model']['name']}", *headline(results_of(folder))]
+    parts += [f"![{caption}](figures/{name}.png)" for name, caption in draw(folder).items()]
+    parts += _retention(settings.get("retention", {}), logged)
+    parts += ["## Health", _bullets(health.over(logged)) or "Nothing was noticed."]
+    parts += ["## Replies", *_replies(read_rows(folder / "samples.jsonl"))]
+    known = facts(manifest).items()
+    parts += ["## What ran", _bullets(f"{name}: {value}" for name, value in known)]
+    return [*parts, "## Run it again", f"```\n{manifest['command']}\n```"]
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def headline(results: Mapping[str, Measures]) -> list[str]:
@@ -55,9 +58,8 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
     if not stages:
         return ["Not evaluated yet."]
     steps = [(a, b) for a, b in (("base", "sft"), ("sft", "grpo")) if {a, b} <= set(stages)]
-    names = [m for m in NAMES if any(m in results[s] for s in stages)]
-    others = {m for s in stages for m in results[s] if not m.startswith("elsewhere")}
-    names += sorted(others - set(names))
+    measured = {m for s in stages for m in results[s] if not m.startswith("elsewhere")}
+    names = [m for m in NAMES if m in measured] + sorted(measured - set(NAMES))
     head = ["measure (%)", "n", *(STAGES[s] for s in stages)]
     head += [f"{STAGES[b]} − {STAGES[a]} (points)" for a, b in steps]
     lines = []
@@ -66,34 +68,26 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
         cells += [cell(results[s].get(name)) for s in stages]
         lines.append([*cells, *(_change(results, a, b, name) for a, b in steps)])
     notes = ["Held-out prompts only; brackets are 95 % intervals, bold changes exclude 0."]
-    known = [(BASELINES[k], v) for k, v in results.get("baseline", {}).items() if k in BASELINES]
-    if known:
-        notes.append(
-            "Domain accuracy without any model: "
-            + "; ".join(f"{k} {cell(v)}" for k, v in known)
-            + "."
-        )
+    baselines = results.get("baseline", {})
+    if known := [f"{BASELINES[k]} {cell(v)}" for k, v in baselines.items() if k in BASELINES]:
+        notes.append(f"Domain accuracy without any model: {'; '.join(known)}.")
     for name, told in results.get("kl", {}).items():
-        low, high = told["interval"]
         stage, _, axis = name.partition("_")
-        notes.append(
-            f"KL to the base after {STAGES[stage]}, {axis or 'question'} replies: "
-            f"{told['value']:.3f} [{low:.3f}, {high:.3f}] nats per token."
-        )
-    for stage in stages[1:] if stages[0] == "base" else ():
+        where = f"after {STAGES[stage]}, {axis or 'question'} replies"
+        notes.append(f"KL to the base {where}: {nats(told)} nats per token.")
+    base = results.get("base", {})
+    for stage in stages:
         for name in ("instruction", "instruction_unseen"):
-            if name in results["base"] and name in results[stage]:
-                lost = percent(results["base"][name])[0] - percent(results[stage][name])[0]
-                notes.append(
-                    f"Alignment tax after {STAGES[stage]}, {NAMES[name]}: {lost:.1f} points."
-                )
-    said = "\n".join(f"- {note}" for note in notes)
-    return [markdown(head, lines), said, *_elsewhere(results, [s for s in stages if s != "base"])]
+            if stage != "base" and name in base and name in results[stage]:
+                lost = percent(base[name])[0] - percent(results[stage][name])[0]
+                where = f"after {STAGES[stage]}, {NAMES[name]}"
+                notes.append(f"Alignment tax {where}: {lost:.1f} points.")
+    return [markdown(head, lines), _bullets(notes), *_elsewhere(results, stages)]
 
 
 def _elsewhere(results: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
     """The loss on text that nothing looks at, by kind, and what it says; [] where not measured."""
-    stages = [s for s in stages if "elsewhere" in results[s]]
+    stages = [s for s in stages if s != "base" and "elsewhere" in results[s]]
     if not stages:
         return []
     told = {s: elsewhere.by_kind(results[s]) for s in stages}
@@ -124,27 +118,23 @@ def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[s
         if not rows:
             continue
         last = rows[-max(1, len(rows) // 5) :]
-        line = (
-            f"{STAGES[stage]}: KL(base ‖ model) on the base's replies was "
-            f"{fmean(r['retention/kl'] for r in last):.4f} nats a token in the last steps"
-        )
+        kl = fmean(r["retention/kl"] for r in last)
+        line = f"{STAGES[stage]}: KL(base ‖ model) on the base's replies was {kl:.4f} nats a token"
+        line += " in the last steps"
         if "retention/slope" in last[-1]:
             raised = fmean(r["retention/slope"] > 0 for r in rows)
             kept = fmean(r["retention/slope_kept"] > 0 for r in rows)
-            line += (
-                f"; to first order {raised:.0%} of the optimiser's steps raised it, and {kept:.0%} "
-                "of those taken"
-            )
+            line += f"; to first order {raised:.0%} of the optimiser's steps raised it,"
+            line += f" and {kept:.0%} of those taken"
         if any("retention/cut" in r for r in rows):
             cut = fmean(r.get("retention/cut") or 0 for r in rows)
             line += f"; what was taken out of a step was {cut:.2f} of its length"
-        took, whole = (
-            sum(r.get(f"seconds/{part}") or 0 for r in rows) for part in ("retention", "step")
-        )
-        share = f", beside {whole / len(rows):.2f} of the rest" if whole else ""
-        lines.append(f"- {line}; it took {took / len(rows):.2f} s a step{share}.")
+        took = fmean(r.get("seconds/retention") or 0 for r in rows)
+        whole = fmean(r.get("seconds/step") or 0 for r in rows)
+        share = f", beside {whole:.2f} of the rest" if whole else ""
+        lines.append(f"{line}; it took {took:.2f} s a step{share}.")
     head = f"Rule {settings.get('rule')}, replies to {', '.join(settings.get('prompts', ()))}."
-    return ["## Retention", head, "\n".join(lines)] if lines else []
+    return ["## Retention", head, _bullets(lines)] if lines else []
 
 
 def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:
@@ -203,11 +193,9 @@ def nats(measure: Mapping[str, Any] | None) -> str:
 
 def _replies(rows: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
     """The same held-out prompts through all stages; without these, the last training samples."""
+    held_out = [row for row in rows if row.get("kind") == "held-out"]
     stages: dict[str, list] = {}
-    for row in rows:
-        if row.get("kind") == "held-out":
-            stages.setdefault(row["prompt"], []).append(row)
-    for row in [] if stages else rows[-most:]:
+    for row in held_out or rows[-most:]:
         stages.setdefault(row["prompt"], []).append(row)
     parts = []
     for prompt in sorted(stages, key=lambda p: -len(stages[p]))[:most]:
@@ -256,19 +244,6 @@ def pooled(folders: Sequence[Path]) -> dict[str, Any]:
     A disease, or a general prompt, is one cluster over all runs: seeds of the model do not make
     more diseases. Raises InputError where settings other than run.seed differ, or nothing is there.
     """
-    return summed(pooled_rows(folders))
-
-
-def summed(rows: Mapping[str, Sequence[Mapping]]) -> dict[str, Any]:
-    """Results of item rows by stage, as in evaluation.json."""
-    from bbkit import evaluate
-
-    results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
-    return results | {"difference": evaluate.changes(rows), "kl": evaluate.divergences(rows)}
-
-
-def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
-    """Item rows of several runs by stage, for `pooled`, which see."""
     first: dict[str, Any] = {}
     for folder in folders:
         if not (folder / "run.json").exists():
@@ -278,7 +253,15 @@ def pooled_rows(folders: Sequence[Path]) -> dict[str, list[dict]]:
         first = first or settings
         for key in (k for k in settings if settings[k] != first.get(k)):
             raise InputError(f"{folder}: {key} differs from {folders[0]}; pool seeds of one set-up")
-    return merged([item_rows(folder) for folder in folders])
+    return summed(merged([item_rows(folder) for folder in folders]))
+
+
+def summed(rows: Mapping[str, Sequence[Mapping]]) -> dict[str, Any]:
+    """Results of item rows by stage, as in evaluation.json."""
+    from bbkit import evaluate
+
+    results: dict[str, Any] = {stage: evaluate.summary(found) for stage, found in rows.items()}
+    return results | {"difference": evaluate.changes(rows), "kl": evaluate.divergences(rows)}
 
 
 def item_rows(folder: Path) -> dict[str, list[dict]]:
@@ -301,14 +284,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bbkit.report", description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     folders = parser.parse_args(argv).runs
-    return exit_code(lambda: _main(folders))
 
+    def reports() -> int:
+        together = pooled(folders) if len(folders) > 1 else {}
+        paths = [write(folder) for folder in folders]
+        print("\n\n".join(headline(together)) if together else paths[0])
+        return 0
 
-def _main(folders: Sequence[Path]) -> int:
-    together = pooled(folders) if len(folders) > 1 else {}
-    paths = [write(folder) for folder in folders]
-    print("\n\n".join(headline(together)) if together else paths[0])
-    return 0
+    return exit_code(reports)
 
 
 if __name__ == "__main__":

@@ -26,22 +26,16 @@ KL_PROMPTS = 64  # of questions and of instructions, on whose replies the KL to 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `python -m bbkit.train`."""
-    p = argparse.ArgumentParser(
-        prog="python -m bbkit.train",
-        description="QLoRA SFT, GRPO with the hybrid reward, and held-out evaluation of one model.",
-    )
+    what = "QLoRA SFT, GRPO with the hybrid reward, and held-out evaluation of one model."
+    p = argparse.ArgumentParser(prog="python -m bbkit.train", description=what)
     p.add_argument("--preset", help=f"one of {', '.join(config.PRESETS)}; default: by hardware")
     p.add_argument("--config", type=Path, metavar="FILE", help="YAML with keys as in the presets")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="one key; repeatable"
-    )
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     p.add_argument("--stages", default=",".join(STAGES), help="of sft,grpo,evaluate (default: all)")
     p.add_argument("--seed", type=int, help="the same as --set run.seed=N")
     p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/PRESET-SEED)")
     p.add_argument("--resume", default="auto", metavar="auto|no|DIR", help="default: auto")
-    p.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="folder with the upstream data files"
-    )
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="with the upstream data files")
     p.add_argument("--offline", action="store_true", help="connect to nothing")
     p.add_argument("--dry-run", action="store_true", help="print settings and plan, then stop")
     p.add_argument("--card", type=float, metavar="GB", help="with --dry-run: memory of the GPU")
@@ -57,17 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace, command: list[str]) -> int:
     stages = args.stages.split(",")
-    for stage in stages:
-        if stage not in STAGES:
-            raise InputError(f"--stages {args.stages}: no stage {stage!r}; use {', '.join(STAGES)}")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        use = f"no stage {unknown[0]!r}; use {', '.join(STAGES)}"
+        raise InputError(f"--stages {args.stages}: {use}")
     # Near 24 GB the KV cache, which grows by copies, would leave no free block large enough.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     preset = args.preset
     if preset is None:
         preset, reason = config.choose_preset()
         print(f"preset {preset}: {reason}")
-    overrides = list(args.set) + ([f"run.seed={args.seed}"] if args.seed is not None else [])
-    settings = config.load(preset, args.config, overrides)
+    seed = [] if args.seed is None else [f"run.seed={args.seed}"]
+    settings = config.load(preset, args.config, args.set + seed)
     go_private(args.offline or settings.model.name == "pocket")
     if args.card and not args.dry_run:
         raise InputError("--card says what a dry run plans for; add --dry-run")
@@ -92,6 +86,8 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
     """
     from bbkit import data, instructions, rewards
 
+    cards, asked = settings.data, settings.evaluation
+
     def read(names: Sequence[str], split: str, limit: int, kinds, seed: int) -> list[Example]:
         rows = []
         for name in names:
@@ -101,9 +97,7 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
             if split == "test" and split not in data.card(name)["splits"]:
                 part = "validation"
                 print(f"{name}: it has no test split, evaluated on validation")
-            found = data.load(
-                name, part, data_dir, allow_changed=settings.data.allow_changed, seed=seed
-            )
+            found = data.load(name, part, data_dir, allow_changed=cards.allow_changed, seed=seed)
             if name == "general_instructions":
                 found = instructions.constrain(found, seed, kinds)
             found = [
@@ -113,31 +107,20 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
             rows += found[:limit] if limit else found
         return rows
 
-    limits, seed = settings.data.limits, settings.run.seed
-    rows = {
-        "sft": read(settings.data.sft, "train", limits.sft, instructions.SEEN, seed),
-        # Another draw than SFT's: on the very questions it was tuned on a model errs too seldom.
-        "grpo": read(settings.data.grpo, "train", limits.grpo, instructions.SEEN, seed + 1),
-        # Seed 0 whatever the run's seed: every run answers the same held-out prompts.
-        "held_out": read(
-            settings.data.evaluate,
-            settings.evaluation.split,
-            limits.evaluate,
-            instructions.KINDS,
-            seed=0,
-        ),
-    }
-    asked, general = axes(rows["held_out"])
-    kept = _some(asked, settings.evaluation.questions)
-    kept += _some(general, settings.evaluation.instructions)
-    rows["held_out"] = [rows["held_out"][i] for i in kept]
-    for stage in ("sft", "grpo"):
-        if not rows[stage] and getattr(settings, stage).steps:
-            raise InputError(
-                f"data.{stage}: no rows; name a card with a training split or set {stage}.steps=0"
-            )
-    for stage in rows:
-        rewards.validate(e for e in rows[stage] if e.task != "instruction")
+    limits, seed = cards.limits, settings.run.seed
+    sft = read(cards.sft, "train", limits.sft, instructions.SEEN, seed)
+    # Another draw than SFT's: on the very questions it was tuned on a model errs too seldom.
+    grpo = read(cards.grpo, "train", limits.grpo, instructions.SEEN, seed + 1)
+    # Seed 0 whatever the run's seed: every run answers the same held-out prompts.
+    held_out = read(cards.evaluate, asked.split, limits.evaluate, instructions.KINDS, 0)
+    questions, general = axes(held_out)
+    kept = _some(questions, asked.questions) + _some(general, asked.instructions)
+    rows = {"sft": sft, "grpo": grpo, "held_out": [held_out[i] for i in kept]}
+    for stage, found in rows.items():
+        if not found and stage != "held_out" and getattr(settings, stage).steps:
+            said = f"no rows; name a card with a training split or set {stage}.steps=0"
+            raise InputError(f"data.{stage}: {said}")
+        rewards.validate(e for e in found if e.task != "instruction")
     return rows
 
 
@@ -154,21 +137,8 @@ def _some(rows: list[int], most: int) -> list[int]:
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
 
 
-def _ifeval(settings: Settings, data_dir: Path | None) -> list[Example]:
-    from bbkit import data
-
-    if not (most := settings.evaluation.ifeval):
-        return []
-    return data.load("ifeval", "test", data_dir, allow_changed=settings.data.allow_changed)[:most]
-
-
 def execute(
-    run: record.Run,
-    settings: Settings,
-    rows: dict[str, list[Example]],
-    stages: Sequence[str],
-    data_dir: Path | None = None,
-    offline: bool = False,
+    run: record.Run, settings: Settings, rows: dict, stages: Sequence[str], data_dir, offline: bool
 ) -> None:
     """Carry out the stages in an open run folder; finished ones are skipped, begun ones go on."""
     with held_back():
@@ -179,7 +149,10 @@ def execute(
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
-    ifeval = _ifeval(settings, data_dir)
+    rows = rows | {"ifeval": [], "elsewhere": []}
+    if most := settings.evaluation.ifeval:
+        changed = settings.data.allow_changed
+        rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.callback import Recorder
@@ -188,21 +161,20 @@ def execute(
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
     if "evaluate" in stages:
-        rows = {**rows, "elsewhere": elsewhere.texts(settings, data_dir)}
+        rows["elsewhere"] = elsewhere.texts(settings, data_dir)
 
     def evaluate_stage(stage: str) -> None:
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
-            evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings)
+            evaluate_model(run, stage, model, tokenizer, rows, settings)
 
-    left = {s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps}
-    left = {s for s in left if not run.is_done(s)}
+    asked = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
+    left = {s for s in asked if not run.is_done(s)}
     guarded = {*settings.retention.stages} if settings.retention.rule != "none" else set()
     kept: list[Reply] = []
     if left & (guarded | ({"sft"} if settings.sft.replay else set())):  # before any LoRA
-        tests = [*rows["held_out"], *ifeval, *rows.get("elsewhere", ())]
-        kept = broad.of_run(
-            run.folder / "replies.jsonl", model, tokenizer, settings, tests, data_dir
-        )
+        tests = [*rows["held_out"], *rows["ifeval"], *rows["elsewhere"]]
+        file = run.folder / "replies.jsonl"
+        kept = broad.of_run(file, model, tokenizer, settings, tests, data_dir)
     evaluate_stage("base")
     model = adapters.add_lora(model, settings.model, settings.run.seed)
     tuned = False
@@ -210,9 +182,7 @@ def execute(
         if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
             adapters.load_adapter(model, run.folder / stage / "adapter")
         elif stage in left:
-            steps = getattr(settings, stage).steps
-            hooks = Recorder(run, stage, steps, settings)
-            train_stage(hooks, model, tokenizer, rows[stage], kept)
+            train_stage(Recorder(run, stage, settings), model, tokenizer, rows[stage], kept)
         else:
             continue
         tuned = True
@@ -236,10 +206,8 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
         trainer = sft.build(model, tokenizer, rows, settings, folder, [hooks], kept)
     else:
         asked, general = ([rows[i] for i in part] for part in axes(rows))
-        order = grpo.schedule(
-            asked, general, section.steps, section.prompts, section.instruction_share,
-            settings.run.seed,
-        )  # fmt: skip
+        shape = (section.steps, section.prompts, section.instruction_share, settings.run.seed)
+        order = grpo.schedule(asked, general, *shape)
         trainer = grpo.build(model, tokenizer, order, settings, folder, [hooks], kept)
     hooks.train(trainer)
     if stage == "sft":
@@ -249,40 +217,33 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
     run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
 
 
-def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None:
+def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
     """Evaluate the model as it is, write one row per reply and the measures with intervals."""
-    import json
-
     from tqdm import tqdm
 
     from bbkit import elsewhere, evaluate, generation, memory, report
 
-    section, held_out = settings.evaluation, rows["held_out"]
+    section, held_out, ifeval = settings.evaluation, rows["held_out"], rows["ifeval"]
     run.forget_held_out(stage)
     memory.forget_peak()
     began = time.perf_counter()
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
-        replies = generation.generate(
-            model, tokenizer, held_out, section.max_new_tokens, section.batch_tokens, bar.update
-        )
+        how = (section.batch_tokens, bar.update)
+        replies = generation.generate(model, tokenizer, held_out, section.max_new_tokens, *how)
         found = evaluate.items(held_out, replies)
         if ifeval:
-            replies = generation.generate(
-                model, tokenizer, ifeval, section.ifeval_tokens, section.batch_tokens, bar.update
-            )
+            replies = generation.generate(model, tokenizer, ifeval, section.ifeval_tokens, *how)
             found += evaluate.ifeval_items(ifeval, replies)
         if stage != "base":
             told = [i for part in axes(held_out) for i in _some(part, KL_PROMPTS)]
-            values = generation.divergence(
-                model, tokenizer, [held_out[i] for i in told], [found[i]["reply"] for i in told]
-            )
+            prompts, said = [held_out[i] for i in told], [found[i]["reply"] for i in told]
+            values = generation.divergence(model, tokenizer, prompts, said)
             for i, value in zip(told, values, strict=True):
                 found[i]["kl"] = value
     texts = elsewhere.measured(model, tokenizer, rows["elsewhere"], settings.model.max_length)
     folder = run.folder / "evaluation"
     folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in files.plain(found + texts))
-    files.write_bytes(folder / f"{stage}.jsonl", lines.encode())
+    files.write_rows(folder / f"{stage}.jsonl", found + texts)
     trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
     written, draws = report.item_rows(run.folder), section.bootstrap
     run.evaluation({
@@ -293,13 +254,8 @@ def evaluate_model(run, stage, model, tokenizer, rows, ifeval, settings) -> None
     })  # fmt: skip
     step = 0 if stage == "base" else getattr(settings, stage).steps
     for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:
-        shown = {
-            "prompt": item["question"],
-            "reply": item["reply"],
-            "gold": item["gold"],
-            "rewards": item["scores"],
-        }
-        run.sample(stage, step, shown, held_out=True)
+        shown = {"prompt": item["question"], "reply": item["reply"], "gold": item["gold"]}
+        run.sample(stage, step, shown | {"rewards": item["scores"]}, held_out=True)
     spent = time.perf_counter() - began
     run.done(f"evaluate {stage}", seconds=spent, peak_gib=memory.peak_gib())
 

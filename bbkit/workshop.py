@@ -7,7 +7,6 @@ import contextlib
 import gc
 import html
 import io
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +49,8 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 46) -> str:
 
     names = list(rows[0])
     lines = [names, *([cell(row.get(name)) for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    padded = (
-        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-    return "\n".join(padded)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def shown(reply: str, scores: Mapping[str, float | None] | None = None) -> str:
@@ -64,20 +59,16 @@ def shown(reply: str, scores: Mapping[str, float | None] | None = None) -> str:
     >>> shown("<answer>a < b</answer>").count("<span")
     2
     """
-    pattern = "|".join(map(re.escape, TAGS))
-    parts = []
-    for piece in re.split(f"({pattern})", reply):
-        text = html.escape(piece)
-        if piece in TAGS:
-            kind = "reasoning" if "reasoning" in piece else "domain"
-            text = f'<span style="color:{color(kind)};font-weight:bold">{text}</span>'
-        parts.append(text)
+    text = html.escape(reply)
+    for tag in map(html.escape, TAGS):
+        style = f"color:{color('reasoning' if 'reasoning' in tag else 'domain')};font-weight:bold"
+        text = text.replace(tag, f'<span style="{style}">{tag}</span>')
     told = "".join(
         f'<span style="color:{color(name)}">{name} {value:.2g}</span> '
         for name, value in (scores or {}).items()
         if value is not None
     )
-    return f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(parts)}</div>{told}'
+    return f'<div style="white-space:pre-wrap;font-family:monospace">{text}</div>{told}'
 
 
 def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> Path | None:

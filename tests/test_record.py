@@ -196,12 +196,12 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert "checkpoint-99: not finished" in capsys.readouterr().out
     os.truncate(ten / "weights", 100)
     assert latest_checkpoint(tmp_path) == nine
-    assert "'weights' is missing or truncated" in capsys.readouterr().out
+    assert "'weights' is missing or has changed" in capsys.readouterr().out
     data = bytearray((nine / "weights").read_bytes())
     data[7] ^= 1
     (nine / "weights").write_bytes(data)
     assert latest_checkpoint(tmp_path) == two
-    assert "'weights' has changed" in capsys.readouterr().out
+    assert "'weights' is missing or has changed" in capsys.readouterr().out
     os.truncate(two / files.MARKER, 20)
     assert latest_checkpoint(tmp_path) is None
     mark_complete(two)
@@ -219,7 +219,7 @@ def test_a_marker_that_names_no_file_of_its_checkpoint(tmp_path, name):
     sums[name] = [1, hashlib.sha256(b"x").hexdigest()]
     (whole / files.MARKER).write_text(json.dumps(sums))
     said = files.broken(whole)
-    assert said == f"{name[:80]!r} is missing or truncated" and said.encode()
+    assert said == f"{name[:80]!r} is missing or has changed since it was written" and said.encode()
 
 
 # Resume

@@ -363,7 +363,8 @@ def test_50_kills_at_any_moment_end_in_the_same_bits(whole, disk):
             2,
             "grpo.optimizer=adamw_8bit keeps none",
         ),
-        (["--preset", "pocket", "--set", "sft.retention=2"], 2, "the section retention serves"),
+        (["--preset", "pocket", "--set", "sft.retention=2"], 2, "unknown key sft.retention"),
+        (["--preset", "pocket", "--set", "data.grpo=[]"], 2, "data.grpo: no rows; name a card"),
         (
             kept("retention.rule=penalty", "retention.prompts=[pocket_prompts/facts]"),
             2,
@@ -484,7 +485,7 @@ def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, 
     model = adapters.add_lora(model, settings.model, 0)
     monkeypatch.setattr(callback, "SKIPPED", skips)
     with record.Run(tmp_path / "run", config.to_dict(settings), ["python"]) as run:
-        hooks = callback.Recorder(run, stage, 16, settings)
+        hooks = callback.Recorder(run, stage, settings)
         build = sft.build if stage == "sft" else grpo.build
         rows = questions.ontology("train")[:16]
         trainer = build(model, tokenizer, rows, settings, tmp_path / "run" / stage, [hooks])

@@ -67,14 +67,14 @@ def test_the_stop_button_saves_and_the_same_call_goes_on(tmp_path, capsys, monke
 def test_after_pocket_another_model_may_be_fetched(monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(hub, "WISHED", {"HF_HUB_OFFLINE": None, "HF_DATASETS_OFFLINE": None})
+    monkeypatch.setattr(hub, "WISHED", {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"})
     for name in hub.WISHED:
         monkeypatch.setenv(name, "1")  # put back after the test
     hub.go_private(True)
     assert huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     hub.go_private(False)
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
-    assert not set(hub.WISHED) & set(os.environ)
+    assert {os.environ[name] for name in hub.WISHED} == {"0"}
     hub.WISHED["HF_HUB_OFFLINE"] = "1"  # what the person at the keyboard wished holds
     hub.go_private(False)
     assert huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
