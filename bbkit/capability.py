@@ -84,12 +84,8 @@ class CapabilityAware(Trainer):
     """GRPO with a gradient per capability; `capability_aware` puts it before a trainer's class."""
 
     asked: Asked
-    # the trainer's
-    model: Any
+    model: Any  # this and the next are the trainer's
     num_generations: int
-    beta: float
-    reward_weights: Tensor
-    _metrics: dict[str, Any]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -187,8 +183,9 @@ class CapabilityAware(Trainer):
         if self.gradient_engine == "replay":
             return self.controller.weights[i]
         total = columns @ torch.tensor(self.controller.weights).to(columns)
-        tokens = inputs["completion_mask"].sum(1) if self.loss_type != "grpo" else 1.0
-        return (total * tokens).sum() / (torch.ones_like(total) * tokens).sum()
+        alike = self.loss_type == "grpo"  # else a sequence counts by its tokens
+        share = torch.ones_like(total) if alike else inputs["completion_mask"].sum(1)
+        return (total * share).sum() / share.sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         one_pass = self.gradient_engine == "one_pass"

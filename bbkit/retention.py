@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from bbkit import replies
@@ -184,24 +185,23 @@ class Keeping(Trainer):
 
     def _keep(self, model) -> None:
         """Put the rule into the gradients of the step, or in the way of it."""
+        keeps, share = self.keeps, 0.0
         own = [p.grad for p in self._trained]
         for p in self._trained:
             p.grad = None
         level = self._backward(model)
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
         self._noted["retention/kl"].append(level)
-        share = 0.0
-        if self.keeps.rule == "penalty":
-            share = self.keeps.weight
-        elif self.keeps.rule == "cone":
+        if keeps.rule == "penalty":
+            share = keeps.weight
+        elif keeps.rule == "cone":
             share = self._against(own, rows)
         for p, mine, row in zip(self._trained, own, rows, strict=True):
             p.grad = mine if not share else row * share if mine is None else mine + share * row
         if self.limits is not None:
             scaler = self.accelerator.scaler
             flat = torch.cat([row.flatten().float() for row in rows])
-            flat = flat / (scaler.get_scale() if scaler else 1.0)
-            keeps = self.keeps
+            flat /= scaler.get_scale() if scaler else 1.0
             bound = keeps.recovery * (keeps.budget - level)
             self.limits.watch(self.optimizer)
             self.limits.add("retention", flat, bound if keeps.rule == "step" else float("inf"))
@@ -240,8 +240,6 @@ class Keeping(Trainer):
 
     def _made(self) -> list[tuple[list[int], int]]:
         """The replies as tokens, made before the first step, and again after a resume."""
-        from accelerate.utils import broadcast_object_list
-
         found: list = [None]
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)

@@ -2,7 +2,7 @@
 
 Serves the claim that a dynamic reward beats a static one. The paper says "adaptively balances" and
 no more: `deficit` is our reading, the others are published neighbours. Weights lie on the simplex,
-each above a floor. Rewards themselves are never touched: they are logged raw, the weights beside.
+each above a floor. Rewards are logged raw, the weights beside them.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ def advantages(
     (r − μ_k) / σ_R with R = Σ w_k r_k. `dr_grpo` (arXiv 2503.20783): r − μ_k. NaN, a capability
     that does not apply, gets 0. Raises InputError for an infinite reward, naming its column.
 
-    >>> r = torch.tensor([[1.0, 0.52], [0.0, 0.50]])
-    >>> advantages(r, 2, [0.5, 0.5], "gdpo")[0]
-    tensor([0.7095, 0.7046])
-    >>> advantages(r, 2, [0.5, 0.5], "capability")[0]
+    >>> advantages(torch.tensor([[1.0, 0.52], [0.0, 0.50]]), 2, [0.5, 0.5])[0]
     tensor([0.7071, 0.1000])
     """
     if scheme not in SCHEMES:
@@ -165,6 +162,16 @@ class Controller:
                 self.averages[k] = self.ema * before + (1 - self.ema) * value
         return self.averages
 
+    def lag(self, values: Sequence[float | None]) -> list[float]:
+        """How far each average is below the target; 0 where there is none."""
+        return [0.0 if a is None else self.target - a for a in self.average(values)]
+
+    def raised(self, exponents: Sequence[float]) -> list[float]:
+        """w_k · exp(rate · exponent_k), up to one factor for all."""
+        top = max(exponents)  # against overflow
+        pairs = zip(self.weights, exponents, strict=True)
+        return [w * math.exp(self.rate * (e - top)) for w, e in pairs]
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as JSON."""
         return {"weights": list(self.weights), "averages": list(self.averages)}
@@ -192,21 +199,18 @@ def fixed(controller: Controller, stats: Stats) -> None:
 
 def deficit(controller: Controller, stats: Stats) -> list[float]:
     """w_k ∝ w_k · exp(rate · (target − average reward)): what lags gets more. Our reading."""
-    return _raised(
-        controller, [_less(controller.target, a) for a in controller.average(stats.reward)]
-    )
+    return controller.raised(controller.lag(stats.reward))
 
 
 def variance(controller: Controller, stats: Stats) -> list[float] | None:
     """w_k ∝ average in-group spread: what still varies gets more (DVAO, arXiv 2605.25604)."""
-    spread = controller.average(stats.sigma)
-    return None if any(s is None for s in spread) else [float(s or 0) for s in spread]
+    spread = [s for s in controller.average(stats.sigma) if s is not None]
+    return spread if len(spread) == len(controller.weights) else None
 
 
 def covariance(controller: Controller, stats: Stats) -> list[float]:
     """log w_k += rate · relu(target − average cov(r_k, w·r)) (CTWA, arXiv 2602.06869)."""
-    found = controller.average(stats.covariance)
-    return _raised(controller, [max(0.0, _less(controller.target, a)) for a in found])
+    return controller.raised([max(0.0, lag) for lag in controller.lag(stats.covariance)])
 
 
 def agreement(controller: Controller, stats: Stats) -> list[float] | None:
@@ -217,17 +221,7 @@ def agreement(controller: Controller, stats: Stats) -> list[float] | None:
     if stats.gramian is None:
         return None
     size = sum(row[k] for k, row in enumerate(stats.gramian)) / len(stats.gramian)
-    return _raised(controller, [sum(row) / size for row in stats.gramian]) if size > 0 else None
-
-
-def _less(target: float, average: float | None) -> float:
-    return 0.0 if average is None else target - average
-
-
-def _raised(controller: Controller, exponents: Sequence[float]) -> list[float]:
-    top = max(exponents)  # no overflow, and the sum is normalised anyway
-    pairs = zip(controller.weights, exponents, strict=True)
-    return [w * math.exp(controller.rate * (e - top)) for w, e in pairs]
+    return controller.raised([sum(row) / size for row in stats.gramian]) if size > 0 else None
 
 
 CONTROLLERS = {
