@@ -208,12 +208,13 @@ class Keeping(Trainer):
 
     def _against(self, own, rows) -> float:
         """How much of ∇L the cone adds to the gradient: what takes its opposition away."""
-        pairs = [(a, b) for a, b in zip(own, rows, strict=True) if a is not None]
-        dot, size, whole = (
-            sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
-            for some in (pairs, [(b, b) for b in rows], [(a, a) for a, _ in pairs])
-        )
-        share = max(0.0, -dot / size) if size else 0.0
+
+        def dot(some) -> float:
+            return sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
+
+        pairs = [(mine, row) for mine, row in zip(own, rows, strict=True) if mine is not None]
+        size, whole = dot((row, row) for row in rows), dot((mine, mine) for mine, _ in pairs)
+        share = max(0.0, -dot(pairs) / size) if size else 0.0
         self._noted["retention/cut"].append(share * (size / whole) ** 0.5 if whole else 0.0)
         return share
 
@@ -277,7 +278,5 @@ def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Repl
             f"{stage}: retention.rule={section.rule} keeps the base's replies and got none: pass "
             "them (bbkit.broad.of_run), or set retention.rule=none"
         )
-    return keeping(
-        trainer, replies, section.rule, section.weight, section.budget, section.recovery,
-        section.per_step,
-    )  # fmt: skip
+    names = ("rule", "weight", "budget", "recovery", "per_step")
+    return keeping(trainer, replies, **{name: getattr(section, name) for name in names})

@@ -8,7 +8,7 @@ each above a floor. Rewards are logged raw, the weights beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,12 +113,9 @@ def _known(values: Tensor) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values.tolist()]
 
 
+@dataclass
 class Controller:
     """Weights of K capabilities; `update` moves them by one step, `state` and `restore` keep them.
-
-    `preference` (K,) are the weights at the start, and for good with `fixed`. `rate` is the size of
-    a step, `ema` the memory of the averages, `target` the level that a capability should reach (its
-    reward, or its covariance with the sum), `floor` the least weight, but of one that starts at 0.
 
     >>> controller = CONTROLLERS["deficit"]([1.0, 1.0], rate=1.0)
     >>> seen = Stats(reward=[0.9, 0.1], sigma=[0.1, 0.1], covariance=[0.0, 0.0])
@@ -126,25 +123,22 @@ class Controller:
     [0.31, 0.69]
     """
 
-    def __init__(
-        self,
-        rule,
-        preference: Sequence[float],
-        rate: float = 0.1,
-        ema: float = 0.9,
-        target: float = 1.0,
-        floor: float = 0.05,
-    ):
-        total = sum(preference)
-        if min(preference) < 0 or not 0 < total < math.inf:
-            raise InputError(f"weights {list(preference)}: none below 0, and not all 0")
-        if not 0 <= floor * len(preference) < 1:
-            raise InputError(f"weight floor {floor}: below 1/{len(preference)}")
-        self.rule, self.rate, self.ema, self.target = rule, rate, ema, target
-        # A capability whose weight is 0 is switched off, and stays so.
-        self.floors = [floor if w and rule is not fixed else 0.0 for w in preference]
-        self.weights = self._above_floor([w / total for w in preference])
-        self.averages: list[float | None] = [None] * len(preference)
+    rule: Callable
+    preference: Sequence[float]  # (K,) weights at the start, and for good with `fixed`
+    rate: float = 0.1  # size of a step
+    ema: float = 0.9  # memory of the averages
+    target: float = 1.0  # what a reward, or its covariance with the sum, should reach
+    floor: float = 0.05  # least weight, but of a capability that starts at 0: that is off for good
+
+    def __post_init__(self) -> None:
+        start, total = self.preference, sum(self.preference)
+        if min(start) < 0 or not 0 < total < math.inf:
+            raise InputError(f"weights {list(start)}: none below 0, and not all 0")
+        if not 0 <= self.floor * len(start) < 1:
+            raise InputError(f"weight floor {self.floor}: below 1/{len(start)}")
+        self.floors = [self.floor if w and self.rule is not fixed else 0.0 for w in start]
+        self.weights = self._above_floor([w / total for w in start])
+        self.averages: list[float | None] = [None] * len(start)
 
     def update(self, stats: Stats) -> list[float]:
         """The weights after one more step; they sum to 1."""
