@@ -2,19 +2,19 @@
 
 Serves the claims on Capability-Aware GRPO, the dynamic hybrid reward and gradient orthogonality:
 one advantage and one gradient per reward, weights that a controller moves, and a combination that
-keeps the capabilities from hurting one another. Raw rewards are logged unweighted, weights and
-coefficients beside them. The paper gives no formulas: this is our reading (bbkit/README.md).
+keeps the capabilities from hurting one another. The paper gives no formulas: this is our reading.
 """
 
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -28,17 +28,7 @@ else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
 METRICS = ("euclidean", "adam", "step")
-
-
-class Asked(NamedTuple):
-    """What `capability_aware` was asked for."""
-
-    advantages: str
-    sigma_floor: float
-    controller: str
-    combination: str
-    metric: str
-    control: dict[str, float]
+Asked = namedtuple("Asked", "advantages sigma_floor controller combination metric control")
 
 
 class Balance(TrainerCallback, ExportableState):
@@ -51,13 +41,10 @@ class Balance(TrainerCallback, ExportableState):
         seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
         return {"args": {}, "attributes": seen}
 
-    def restore(self, state: dict) -> None:
-        """Go on from a `state`."""
-        self.trainer.controller.restore(state["attributes"]["controller"])
-        self.trainer.gramian = state["attributes"]["gramian"]
-
     def on_train_begin(self, args, state, control, **_):
-        self.restore(state.stateful_callbacks.get("Balance", self.state()))
+        seen = state.stateful_callbacks.get("Balance", self.state())["attributes"]
+        self.trainer.controller.restore(seen["controller"])
+        self.trainer.gramian = seen["gramian"]
 
 
 def capability_aware(
@@ -76,8 +63,7 @@ def capability_aware(
     (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
     (`gradients.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
     weighted sum goes to the optimiser, and the step that it makes of it is moved to the nearest
-    that lowers no capability to first order (`bbkit.limits`): the dual cone, of the step. Made by a
-    function, since unsloth replaces the trainer's class on import: import it before the trainer.
+    that lowers no capability to first order (`bbkit.limits`): the dual cone, of the step.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
     """
     for what, name, known in (
@@ -98,12 +84,8 @@ class CapabilityAware(Trainer):
     """GRPO with a gradient per capability; `capability_aware` puts it before a trainer's class."""
 
     asked: Asked
-    # the trainer's
-    model: Any
+    model: Any  # this and the next are the trainer's
     num_generations: int
-    beta: float
-    reward_weights: Tensor
-    _metrics: dict[str, Any]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -168,22 +150,18 @@ class CapabilityAware(Trainer):
         if columns is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.micro_batches.append(inputs)
-        one_pass, kinds = self.gradient_engine == "one_pass", self.capabilities
-        ones = torch.ones_like(columns[:, 0])
+        one_pass, ones = self.gradient_engine == "one_pass", torch.ones_like(columns[:, 0])
         passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
-        shares = torch.zeros(len(passes) + bool(self.beta), len(ones), len(self.capture))
-        shares = shares.to(columns)
-        shares[0, :, :kinds] = columns
-        if self.beta:
+        if self.beta:  # a pass of its own, into the last row
             passes.append((0 * ones, self.beta))
-            shares[-1, :, kinds] = 1.0
         value = 0.0
         for i, (weights, beta) in enumerate(passes):
             last = i == len(passes) - 1
             loss = self._loss(inputs | {"advantages": weights}, beta, mute=not last)
             value = value + loss.detach() * (1.0 if beta else self._worth(i, inputs, columns))
             if one_pass:
-                self.capture.next(shares[i])
+                own, penalty = (0 * columns, 1.0) if beta else (columns, 0.0)
+                self.capture.next(pad(own, (0, bool(self.beta)), value=penalty))
             if not last:
                 self.accelerator.backward(loss)
                 if not one_pass:
@@ -205,8 +183,9 @@ class CapabilityAware(Trainer):
         if self.gradient_engine == "replay":
             return self.controller.weights[i]
         total = columns @ torch.tensor(self.controller.weights).to(columns)
-        tokens = inputs["completion_mask"].sum(1) if self.loss_type != "grpo" else 1.0
-        return (total * tokens).sum() / (torch.ones_like(total) * tokens).sum()
+        alike = self.loss_type == "grpo"  # else a sequence counts by its tokens
+        share = torch.ones_like(total) if alike else inputs["completion_mask"].sum(1)
+        return (total * share).sum() / share.sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         one_pass = self.gradient_engine == "one_pass"
@@ -217,23 +196,21 @@ class CapabilityAware(Trainer):
             print(f"gradient engine replay: {len(missed)} matrices missed, first {missed[0]}")
             self.gradient_engine = "replay"
             self.capture.clear()
-            self.capture.drop()
+            self.model.zero_grad()
             again, self.micro_batches = self.micro_batches, []
             for inputs in again:
                 with self.compute_loss_context_manager():
                     self.accelerator.backward(self.compute_loss(model, inputs))
-                self._take_last()
+                self.capture.take(-1)
         elif not one_pass:
-            self._take_last()
+            self.capture.take(-1)  # of the last pass, which the trainer itself has sent back
         if self.accelerator.sync_gradients:
             began = time.perf_counter()
             self._combine()
+            self.capture.clear()
+            self.micro_batches = []
             self._note("seconds/combination", time.perf_counter() - began)
         return loss
-
-    def _take_last(self) -> None:
-        """The gradient of the last pass, which the trainer itself has sent back."""
-        self.capture.take(self.capabilities if self.beta else self.capabilities - 1)
 
     def _combine(self) -> None:
         """Put the combined gradient where the optimiser reads it, and log its parts."""
@@ -243,16 +220,13 @@ class CapabilityAware(Trainer):
             rows.copy_(self.accelerator.reduce(rows, "mean"))
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0  # of float16's loss
-        if scale != 1.0:
-            rows /= scale
+        rows /= scale
         inverse = None
         if self.asked.metric == "adam":
             inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
         gramian = gradients.gramian(rows[:kinds], inverse)
         if scaler and not gramian.isfinite().all():  # overflowed: the scaler leaves it out
             capture.put(torch.ones(len(capture)))
-            capture.clear()
-            self.micro_batches = []
             return
         # PCGrad draws an order, the same on every rank, and the CPU draws it: torch.manual_seed
         # would begin each GPU's numbers anew too, from which the completions are drawn.
@@ -261,8 +235,8 @@ class CapabilityAware(Trainer):
             torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
             method = "sum" if self.asked.metric == "step" else self.asked.combination
             found = gradients.combine(gramian, method, self.controller.weights)
-        coefficients = torch.ones(len(capture)).to(rows)  # that of the KL penalty stays 1
-        coefficients[:kinds] = found.to(rows)
+        coefficients = found.new_ones(len(capture))  # that of the KL penalty stays 1
+        coefficients[:kinds] = found
         capture.put(coefficients * scale)
         if self.asked.metric == "step":  # limits alone may be retention's
             self.limits.watch(self.optimizer)
@@ -277,8 +251,6 @@ class CapabilityAware(Trainer):
         self.gramian = gramian.tolist()
         if self.observed is not None:
             self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
-        capture.clear()
-        self.micro_batches = []
 
     def _note(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)

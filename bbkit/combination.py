@@ -39,7 +39,7 @@ def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor |
         raise InputError(f"combination: preference {given} is not {count} weights of 0 or more")
     coefficients = wanted.clone()
     sizes = matrix.diagonal()
-    if torch.isfinite(matrix).all():
+    if method != "sum" and torch.isfinite(matrix).all():
         live = sizes > 1e-12 * sizes.max()
         if (live & (wanted > 0)).any():
             coefficients[live] = _weights(matrix[live][:, live], method, wanted[live])
@@ -50,24 +50,20 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
     from torchjd import aggregation
     from torchjd.linalg import QuadprogProjector
 
-    # The cone does not know how long its rows are, but solvers do: TorchJD's projector takes a
-    # trace below 1e-4 for 0 and projects nothing, and a GRPO gradient is that small; its
-    # regularisation would let go of a short row beside long ones. So they see unit rows, and no
-    # negative eigenvalue, which rounding leaves in a float32 Gramian of parallel rows.
+    # The cone does not depend on the length of its rows, but TorchJD's projector takes a trace
+    # below 1e-4 for 0, as that of a GRPO gradient is, and lets go of a short row beside long ones.
+    # So it sees unit rows, and none of the negative eigenvalues that rounding leaves.
     norm = matrix.diagonal().sqrt()
     values, vectors = torch.linalg.eigh(matrix / torch.outer(norm, norm))
     unit = (vectors * values.clamp(min=0.0)) @ vectors.T
-    projector = QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
-    if method == "dual_cone":
-        return aggregation.DualProjWeighting(wanted * norm, projector)(unit) / norm
-    if method == "upgrad":
-        return aggregation.UPGradWeighting(wanted * norm, projector)(unit) / norm
+    cones = {"dual_cone": aggregation.DualProjWeighting, "upgrad": aggregation.UPGradWeighting}
+    if method in cones:
+        projector = QuadprogProjector(norm_eps=0.0, reg_eps=1e-9)
+        return cones[method](wanted * norm, projector)(unit) / norm
     free = wanted > 0  # a preference of 0 has no part in what only weighs gradients
     part, weights = matrix[free][:, free] / norm.max() ** 2, wanted[free]
     scaled = part * torch.outer(weights, weights)  # of the weighted gradients w_k g_k
-    if method == "sum":
-        chosen = weights
-    elif method == "random":
+    if method == "random":
         chosen = aggregation.RandomWeighting()(part) * weights.sum()
     elif method == "aligned_mtl":
         chosen = aggregation.AlignedMTLWeighting(weights)(part)

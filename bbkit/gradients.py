@@ -1,17 +1,16 @@
-"""Per-capability gradients of a GRPO step in one backward pass, their Gramian, their combination.
+"""The gradient of each capability out of one backward pass, and their Gramian.
 
 Serves the claim of gradient orthogonality. The losses of K capabilities differ by one factor per
 sequence, so a backward pass at unit advantage already holds, at each trainable linear map, the
 gradient of each sequence; contracted there with the advantages it gives all K gradients exactly.
-Combinations see the Gramian alone and are TorchJD's. The paper names neither engine nor projection.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 from bbkit.combination import COMBINATIONS, combine
 from bbkit.errors import CannotRun, InputError
 
-__all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "replay", "watch"]
+__all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "watch"]
 
 
 class Capture:
     """The K gradients of a model's trainable parameters, as rows of one matrix (K, P).
 
     Columns follow `model.parameters()`, trainable ones only, each flattened; float32, or float64
-    where they are. What is captured does not reach `.grad`; `passed_by` names what did.
+    where they are. What is captured does not reach `.grad`.
     """
 
     def __init__(self, model: nn.Module, capabilities: int):
@@ -36,14 +35,13 @@ class Capture:
                 "gradients: the model has no trainable parameter; put LoRA on it first"
             )
         self.engine = "one_pass"
-        self.passed_by: set[str] = set()
-        self.advantages: Tensor | None = None
-        width = sum(p.numel() for p in self.parameters.values())
+        self.passed_by: set[str] = set()  # names of what reached `.grad` all the same
+        self.advantages = torch.empty(0, capabilities)
+        self.sizes = [p.numel() for p in self.parameters.values()]
         first = next(iter(self.parameters.values()))
         exact = torch.promote_types(torch.float32, first.dtype)
-        self._rows = torch.zeros(capabilities, width, device=first.device, dtype=exact)
-        sizes = [p.numel() for p in self.parameters.values()]
-        self._parts = dict(zip(self.parameters, self._rows.split(sizes, dim=1), strict=True))
+        self._rows = torch.zeros(capabilities, sum(self.sizes), device=first.device, dtype=exact)
+        self._parts = dict(zip(self.parameters, self._rows.split(self.sizes, dim=1), strict=True))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,10 +61,10 @@ class Capture:
     @property
     def gradients(self) -> Tensor:
         """(K, P): row k is the gradient of Σ_i A_ik ℓ_i. Raises CannotRun if any was `missed`."""
-        if self.engine == "one_pass" and self.missed:
+        if self.missed:
             raise CannotRun(
                 f"gradients: {len(self.missed)} trainable parameters bypass the capture, first "
-                f"{self.missed[0]}; use bbkit.gradients.replay"
+                f"{self.missed[0]}; send each capability's loss back alone, then Capture.take"
             )
         return self._rows
 
@@ -85,13 +83,9 @@ class Capture:
         self._rows.zero_()
         self.passed_by.clear()
 
-    def drop(self) -> None:
-        """Forget what stands in `.grad`."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
     def take(self, row: int) -> None:
-        """Add the gradients that stand in `.grad` to a row, and clear them."""
+        """Replay: add what a backward pass of this row's loss alone left in `.grad`; clear that."""
+        self.engine = "replay"
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self._parts[name][row] += parameter.grad.flatten().to(self._rows)
@@ -99,28 +93,23 @@ class Capture:
 
     def put(self, coefficients: Tensor) -> None:
         """Write Σ_k c_k g_k into `.grad`, for the optimiser to step along."""
-        direction = coefficients.to(self._rows) @ self.gradients
-        sizes = [p.numel() for p in self.parameters.values()]
-        parts = direction.split(sizes)
+        parts = (coefficients.to(self._rows) @ self.gradients).split(self.sizes)
         for parameter, part in zip(self.parameters.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def by(self, group: Callable[[str], str]) -> dict[str, Tensor]:
         """Gramians (K, K) of parts of the model; `group` names the part of a parameter's name."""
         parts: dict[str, Tensor] = {}
-        blocks = self.gradients.split([p.numel() for p in self.parameters.values()], dim=1)
-        for name, block in zip(self.parameters, blocks, strict=True):
-            key = group(name)
-            parts[key] = parts.get(key, 0) + gramian(block)
+        for name, block in zip(self._parts, self.gradients.split(self.sizes, dim=1), strict=True):
+            parts[group(name)] = parts.get(group(name), 0) + gramian(block)
         return parts
 
     def _take_in(self, name: str, block: Tensor) -> Tensor | None:
         """Contract gradients of single sequences (N, …) with the advantages (N, K) into the rows.
 
-        Returns what is left for `.grad`: nothing, or the sum of packed or flattened sequences,
-        which cannot be told apart and so count as missed.
+        Returns what `.grad` gets: nothing, or the sum of packed ones, which cannot be told apart.
         """
-        if self.advantages is None or len(block) != len(self.advantages):
+        if len(block) != len(self.advantages):
             return block.sum(0)
         self._parts[name].addmm_(self.advantages.T, block.flatten(1).to(self._rows))
         return None
@@ -129,8 +118,7 @@ class Capture:
 class _Linear(torch.autograd.Function):
     """nn.functional.linear that shows its backward pass to a capture.
 
-    A function rather than hooks: its input is kept as autograd keeps it, so that checkpointing
-    still frees and recomputes it.
+    Unlike a hook it keeps its input as autograd does, so that checkpointing still frees it.
     """
 
     @staticmethod
@@ -146,9 +134,9 @@ class _Linear(torch.autograd.Function):
         needs, grads = ctx.needs_input_grad, [None, None, None]
         if needs[0]:
             grads[0] = (delta @ weight.to(delta.dtype)).to(x.dtype)
-        outer = delta.flatten(1, -2) if delta.dim() > 2 else delta.unsqueeze(1)  # (N, T, out)
+        outer = delta.reshape(len(delta), -1, delta.shape[-1])  # (N, T, out)
         if needs[1]:
-            inner = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+            inner = x.reshape(len(x), -1, x.shape[-1])
             block = outer.transpose(1, 2) @ inner.to(outer.dtype)  # (N, out, in)
             grads[1] = ctx.capture._take_in(ctx.names[0], block)
         if needs[2]:
@@ -160,10 +148,9 @@ class _Linear(torch.autograd.Function):
 def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Capture]:
     """Capture the gradients of K capabilities during one `loss.backward()`.
 
-    `advantages` (N, K) follow the batch; `loss` is Σ_i ℓ_i, the terms at unit advantage, and the
-    batch is the first dimension of what each layer gets. Several backward passes add up, each after
-    `capture.next(advantages)`. `.grad` stays empty until `put`. Gradients of single
-    sequences as in arXiv 1510.01799, here contracted with the advantages at once.
+    `advantages` (N, K) follow the batch, the first dimension of what each layer gets; `loss` is
+    Σ_i ℓ_i, the terms at unit advantage. Several backward passes add up, each after
+    `capture.next(advantages)`. `.grad` stays empty until `put`. After arXiv 1510.01799.
 
     >>> model = nn.Linear(3, 1, bias=False)
     >>> x, advantages = torch.randn(4, 3), torch.randn(4, 2)
@@ -180,8 +167,7 @@ def capability_gradients(model: nn.Module, advantages: Tensor) -> Iterator[Captu
 def unfuse(model: nn.Module) -> int:
     """Put PEFT's forwards back where unsloth has set fused LoRA kernels; how many it had set.
 
-    These never call the LoRA maps, so that no capture sees them, and K passes cost more than they
-    gain. Where unsloth has no such function any more they stay, and the trainer replays.
+    No capture sees these, and K passes cost more than they gain. Where they stay, replay it is.
     """
     llama = sys.modules.get("unsloth.models.llama")
     put_back = getattr(llama, "_decline_fused_lora_for_fsdp", None)
@@ -192,7 +178,6 @@ def unfuse(model: nn.Module) -> int:
 def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
     """Let a capture see the forward and backward passes inside; for one that lives longer."""
     names = {id(p): n for n, p in capture.parameters.items()}
-    changed: list[nn.Linear] = []
 
     def captured(module: nn.Linear):
         own = (names.get(id(module.weight), ""), names.get(id(module.bias), ""))
@@ -207,60 +192,33 @@ def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
     def note(name: str) -> Callable[[Tensor | None], None]:
         return lambda grad: capture.passed_by.add(name) if grad is not None else None
 
-    hooks = [p.register_hook(note(name)) for name, p in capture.parameters.items()]
-    try:
+    with ExitStack() as undo:
+        for name, parameter in capture.parameters.items():
+            undo.callback(parameter.register_hook(note(name)).remove)
         for module in model.modules():
             trains = any(id(p) in names for p in module.parameters(recurse=False))
             # A subclass, or a forward that someone replaced, may compute something else.
             if type(module) is nn.Linear and trains and "forward" not in vars(module):
                 module.forward = captured(module)  # type: ignore[method-assign]
-                changed.append(module)
+                undo.callback(delattr, module, "forward")
         yield capture
-    finally:
-        for module in changed:
-            del module.forward
-        for hook in hooks:
-            hook.remove()
-
-
-def replay(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Capture:
-    """The same gradients by one forward and backward pass per capability; for any model.
-
-    `losses[k]()` returns the scalar Σ_i A_ik ℓ_i. `.grad` is empty afterwards.
-
-    >>> model, x = nn.Linear(3, 1), torch.randn(4, 3)
-    >>> capture = replay(model, [lambda: model(x).sum(), lambda: -model(x).sum()])
-    >>> round(capture.cosines[0, 1].item(), 4), capture.engine
-    (-1.0, 'replay')
-    """
-    capture = Capture(model, len(losses))
-    capture.engine = "replay"
-    capture.drop()
-    for row, loss in enumerate(losses):
-        loss().backward()
-        capture.take(row)
-    return capture
 
 
 def inner(rows: Tensor, others: Tensor, scale: Tensor | None = None) -> Tensor:
     """(J, K) inner products ⟨g_j, S h_k⟩ of rows (J, P) and (K, P), S = diag(scale) or identity.
 
-    Pieces are multiplied in the rows' precision and summed in float64; all in float64 took ten
-    times as long.
+    In pieces of the rows' precision, summed in float64: all in float64 took ten times as long.
     """
     total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], 2**16):
-        piece = rows[:, start : start + 2**16]
-        scaled = piece if scale is None else piece * scale[start : start + 2**16]
-        total += scaled @ others[:, start : start + 2**16].T
+        part = slice(start, start + 2**16)
+        scaled = rows[:, part] if scale is None else rows[:, part] * scale[part]
+        total += scaled @ others[:, part].T
     return total.cpu()
 
 
 def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(K, K) inner products ⟨g_j, S g_k⟩ of rows (K, P), S = diag(scale) (P,) or the identity.
-
-    With `scale` = D⁻¹ of Adam (see `adam_scale`) this is the metric in which Adam steps.
-    """
+    """(K, K) inner products of rows (K, P) with one another, as `inner`; see `adam_scale`."""
     total = inner(gradients, gradients, scale)
     return (total + total.T) / 2
 
@@ -268,22 +226,20 @@ def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
     """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from its second moments as they are now; None before any.
 
-    A parameter which has none has never moved: 0. Raises CannotRun for an optimiser without them,
-    such as those with 8-bit states.
+    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
     """
-    group = next(g for g in optimizer.param_groups if g["params"])
-    parts, known = [], False
+    group, parts = optimizer.param_groups[0], []
     for parameter in parameters:
-        state = optimizer.state.get(parameter, {})
-        if not state:
+        state = optimizer.state.get(parameter)
+        if not state:  # it has never moved
             parts.append(torch.zeros_like(parameter).flatten())
-            continue
-        if "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
+        elif "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
             raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
-        known = True
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
-    return torch.cat(parts) if known else None
+        else:
+            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
+    scale = torch.cat(parts)
+    return scale if scale.any() else None
 
 
 def cosines(gramian: Tensor) -> Tensor:
@@ -306,10 +262,9 @@ def null_cosine(parameters: int) -> float:
 
 
 def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
-    """(B, B, K, K) inner products of the parts that B groups have in each of K gradients.
+    """(B, B, K, K) inner products of the parts that B groups, of `group` rows, have in K gradients.
 
-    `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`; `advantages`
-    (N, K) weigh them; `group` sequences in a row answer one prompt.
+    `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`.
     """
     count, columns = len(gram) // group, advantages.to(gram).unflatten(0, (-1, group))
     single = gram.view(count, group, count, group)
@@ -319,8 +274,7 @@ def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
 def noise_to_signal(parts: Tensor) -> float:
     """tr Cov of a group's part in the gradient over |the mean part|², from their Gramian (B, B).
 
-    The lower, the fewer groups a step needs. |mean|² is the mean product of two different groups,
-    which no noise raises; NaN where that is not above 0: no signal beyond the noise.
+    |mean|² is the mean product of two different groups, free of noise; NaN where not above 0.
 
     >>> noise_to_signal(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     1.0
@@ -333,8 +287,7 @@ def noise_to_signal(parts: Tensor) -> float:
 def halves(advantages: Tensor, group: int = 1) -> Tensor:
     """(N, 2K) advantages: the K columns on the even groups, then the K on the odd ones.
 
-    Captured, they give two estimates of each gradient (see `reliability`), independent if `group`
-    is the number of completions per prompt: those share a mean.
+    Captured: two estimates of each gradient, independent where `group` completions share a prompt.
     """
     places = torch.arange(len(advantages), device=advantages.device) // group
     even = (places % 2 == 0).unsqueeze(1)
@@ -343,5 +296,4 @@ def halves(advantages: Tensor, group: int = 1) -> Tensor:
 
 def reliability(gramian: Tensor) -> Tensor:
     """(K,) cosines of the two halves of each gradient, from the (2K, 2K) Gramian of `halves`."""
-    count = len(gramian) // 2
-    return cosines(gramian)[:count, count:].diagonal()
+    return cosines(gramian).diagonal(len(gramian) // 2)

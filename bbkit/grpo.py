@@ -8,8 +8,11 @@ other rewards are None there. The trainer itself is bbkit.capability.
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from bbkit import judge, processes, prompts, rewards
 from bbkit.config import Settings
@@ -51,11 +54,10 @@ def schedule(
 
     general = round(groups * share) if instructions else 0
     general = groups if not questions else general
-    streams = (endless(questions), endless(instructions))
+    asked, told = endless(questions), endless(instructions)
     order = []
     for _ in range(steps):
-        step = [next(streams[0]) for _ in range(groups - general)]
-        step += [next(streams[1]) for _ in range(general)]
+        step = [*islice(asked, groups - general), *islice(told, general)]
         rng.shuffle(step)
         order += step
     return order
@@ -95,18 +97,14 @@ class Sampling(Trainer):
     sample_at_once: int
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """With the KL penalty there are two adapters, of which transformers loads the frozen
-        copy that TRL made, and leaves the one that trains as it is."""
+        """Of the KL penalty's two adapters transformers would load TRL's frozen copy alone."""
         from bbkit.adapters import load_adapter
 
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _generate_single_turn(self, prompt_ids, *rest):
-        import torch
-
-        size = self.sample_at_once
-        if not size:
+        if not (size := self.sample_at_once):
             return super()._generate_single_turn(prompt_ids, *rest)
         first, found = self.accelerator.process_index * len(prompt_ids), []
         for start in range(0, len(prompt_ids), size):
@@ -118,32 +116,23 @@ class Sampling(Trainer):
         return found, None
 
     def _calculate_rewards(self, inputs, prompts_, completions, completion_ids_list):
-        import torch
-
-        order = self.order
         matrix = super()._calculate_rewards(inputs, prompts_, completions, completion_ids_list)
-        asked = [
-            (order[x["index"]], c[0]["content"])
-            for x, c in zip(inputs, completions, strict=True)
-            if order[x["index"]].task != "instruction"
-        ]
-        missed = sum(rewards.answer_given(e, text) is None for e, text in asked)
-        counts = torch.tensor([missed, len(asked)], device=self.accelerator.device)
+        asked = [self.order[x["index"]] for x in inputs]
+        pairs = [(e, c[0]["content"]) for e, c in zip(asked, completions, strict=True)]
+        given = [rewards.answer_given(e, text) for e, text in pairs if e.task != "instruction"]
+        counts = torch.tensor([given.count(None), len(given)], device=self.accelerator.device)
         missed, count = self.accelerator.reduce(counts).tolist()
         self._log_metric("unparsed", missed / max(1, count))
+        named = [dict(zip(CAPABILITIES, row, strict=True)) for row in matrix.tolist()]
         self.last_samples = [
-            {
-                "prompt": order[x["index"]].question,
-                "reply": c[0]["content"],
-                "rewards": dict(zip(CAPABILITIES, row, strict=True)),
-            }
-            for x, c, row in zip(inputs, completions, matrix.tolist(), strict=False)
+            {"prompt": e.question, "reply": text, "rewards": scores}
+            for (e, text), scores in zip(pairs, named, strict=False)
         ]
         return matrix
 
 
 def configuration(model, settings: Settings, folder: Path):
-    """TRL's GRPOConfig for the settings of a run; every field that unsloth would change is here."""
+    """TRL's GRPOConfig for the settings of a run, with every field that unsloth would change."""
     from trl import GRPOConfig
 
     section = settings.grpo
@@ -166,12 +155,9 @@ def configuration(model, settings: Settings, folder: Path):
         epsilon_high=section.epsilon,  # unsloth would make it 0.28 with dapo
         loss_type=section.loss_type,
         scale_rewards="none",  # the advantages are capability_aware's
-        multi_objective_aggregation="sum_then_normalize",
         reward_weights=[getattr(section.weights, k) for k in CAPABILITIES],
         mask_truncated_completions=section.mask_truncated,
         shuffle_dataset=False,  # `order` is the order
-        use_vllm=False,
-        log_completions=False,
         **own,
     )
 

@@ -1,13 +1,14 @@
 """The model-based part of the reasoning reward: does the reasoning make the gold answer likelier?
 
 Serves the claim that rewards by rules and by a model together beat rules alone. The paper names no
-judge; here no other model judges. The frozen base, its adapter off, reads the reply's reasoning and
-is asked for the gold answer: a reasoning that states the answer outright scores too, which is why
-the rules keep their share of the reward (`grpo.judge`).
+judge; here the frozen base, its adapter off, reads the reply's reasoning and is asked for the gold
+answer. A reasoning that states the answer outright scores too, so the rules keep their share.
 """
 
 import math
 from collections.abc import Sequence
+
+import torch
 
 from bbkit import prompts
 from bbkit.prompts import Example
@@ -22,26 +23,22 @@ def judged(
     base model: after the reply's reasoning, minus after an empty one. `model` is a PEFT model.
     """
     found: list[float | None] = [0.0] * len(replies)
-    rows: list[tuple[list[int], int]] = []
-    asked, place = [], {}
+    pairs = {}
     for i, (example, reply) in enumerate(zip(examples, replies, strict=True)):
         reasoning = prompts.parse_reasoning(reply)
         if example.task == "instruction":
             found[i] = None
         elif reasoning:
-            pair = [_tokens(tokenizer, example, text) for text in ("", reasoning)]
-            for whole in pair:  # a group's prompt, and often its reasoning, come more than once
-                if tuple(whole[0]) not in place:
-                    place[tuple(whole[0])] = len(rows)
-                    rows.append(whole)
-            asked.append((i, *(place[tuple(whole[0])] for whole in pair)))
-    values = _likelihoods(model, tokenizer, rows)
-    for i, before, after in asked:
+            pairs[i] = [_tokens(tokenizer, example, text) for text in ("", reasoning)]
+    # A group's prompt, and often its reasoning, come more than once, and are read once.
+    rows = list(dict.fromkeys(row for pair in pairs.values() for row in pair))
+    values = dict(zip(rows, _likelihoods(model, tokenizer, rows), strict=True))
+    for i, (before, after) in pairs.items():
         found[i] = max(0.0, math.tanh((values[after] - values[before]) / 2))
     return found
 
 
-def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[list[int], int]:
+def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[tuple[int, ...], int]:
     """Tokens of prompt, reasoning and gold answer, and where those of the answer begin."""
     prompt = tokenizer.apply_chat_template(
         prompts.messages(example), add_generation_prompt=True, tokenize=False
@@ -51,13 +48,11 @@ def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[list[int], int
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (prompt + said, example.answer)
     )
-    return before + answer, len(before)
+    return (*before, *answer), len(before)
 
 
-def _likelihoods(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+def _likelihoods(model, tokenizer, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
     """Mean log-likelihood, in nats a token, of what follows each row's start, under the base."""
-    import torch
-
     found = [0.0] * len(rows)
     was_training = model.training
     model.eval()

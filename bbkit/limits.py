@@ -21,13 +21,12 @@ FLOOR = 0.01  # of √v̂; pocket's runs end with their least at 0.035, so that 
 class Limits:
     """What the next step of an optimiser may not do, on the displacement that it really makes.
 
-    After the optimiser, with its clipping, momentum, second moments and decay, the parameters are
-    moved to the nearest place at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest
-    is meant in the optimiser's metric, Adam's 1/(√v̂ + ε) after its update with √v̂ no less than
-    `FLOOR` of its root mean square, else Euclidean, which is said. A step that float16's scaler
-    skips makes none. `note(name, value)` gets, by row, the slope that the optimiser's displacement
-    had, and the one taken; and the share of it that was cut, as `retention/cut` where a row of that
-    name was bounded, else as `step/cut`.
+    After the optimiser, its momentum, decay and all, the parameters are moved to the nearest place
+    at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest is meant in the metric of
+    the optimiser, Adam's 1/(√v̂ + ε) after its update with √v̂ no less than `FLOOR` of its root mean
+    square, else Euclidean, which is said. `note(name, value)` gets by row the slope that the
+    optimiser's displacement had, and the one taken; and the share of it that was cut, as
+    `retention/cut` where a row of that name was bounded, else as `step/cut`.
     """
 
     def __init__(self, parameters: Iterable[Parameter], note: Callable[[str, float], Any]):
@@ -70,7 +69,7 @@ class Limits:
         removed, left = combination.nearest(gramian, slopes, bounds)
         kept = slopes
         if removed.any():
-            change = removed.to(matrix) @ matrix * (1.0 if metric is None else metric)
+            change = removed.to(matrix) @ matrix * metric
             sizes = [p.numel() for p in self.parameters]
             places = (self.start + (made - change)).split(sizes)
             for p, place in zip(self.parameters, places, strict=True):
@@ -79,16 +78,16 @@ class Limits:
         for name, before, after in zip(rows, slopes.tolist(), kept.tolist(), strict=True):
             self.note(f"{name}/slope", before)
             self.note(f"{name}/slope_kept", after)
-        whole = made.square() if metric is None else made.square() / metric.clamp(min=1e-30)
+        length = (made.square() / metric.clamp(min=1e-30)).double().sum().item()
         bounded = [name for name, (_, bound) in rows.items() if bound < float("inf")]
-        if bounded and (length := whole.double().sum().item()) > 0:
+        if bounded and length > 0:
             cut = (removed @ gramian @ removed).clamp(min=0).item()
             kind = "retention" if "retention" in bounded else "step"
             self.note(f"{kind}/cut", (cut / length) ** 0.5)
         if left > 1e-6:
             self._say("limits: bounds that contradict one another; the least violation is taken")
 
-    def _metric(self) -> Tensor | None:
+    def _metric(self) -> Tensor:
         try:
             scale = gradients.adam_scale(self.optimizer, self.parameters)
         except CannotRun:
@@ -96,7 +95,7 @@ class Limits:
         if scale is None:
             kind = type(self.optimizer).__name__
             self._say(f"limits: steps are kept in plain distance, {kind} has no float moments")
-            return None
+            return torch.ones_like(self.start)
         # Where hardly any gradient ever came, moving would cost nothing: the correction would go
         # there, as far as rounding says, and two processes would end up 100 times further apart.
         moved = scale > 0

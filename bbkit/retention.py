@@ -12,12 +12,13 @@ from __future__ import annotations
 import inspect
 import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, namedtuple
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from bbkit import replies
@@ -33,20 +34,7 @@ else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
 RULES = ("penalty", "step", "cone")
-
-
-class Keeps(NamedTuple):
-    """What `keeping` was asked for."""
-
-    replies: Any
-    rule: str
-    weight: float
-    budget: float
-    recovery: float
-    per_step: int
-    most: int
-    max_new_tokens: int
-    base: Any
+Keeps = namedtuple("Keeps", "replies rule weight budget recovery per_step count longest base")
 
 
 def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[tuple]:
@@ -55,11 +43,11 @@ def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[
     Prompts end and replies begin at one column, so that `logits_to_keep` leaves out the prompts;
     the reply mask (n, T) is over the last T tokens. A part has at most LOGITS logits, or one row.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) - rows[i][1])
-    while order:
-        longest = max(1, len(rows[order[-1]][0]) - rows[order[-1]][1])
+    rows = sorted(rows, key=lambda row: len(row[0]) - row[1])
+    while rows:
+        longest = len(rows[-1][0]) - rows[-1][1]
         most = max(1, LOGITS // (vocabulary * (longest + 1)))
-        part, order = [rows[i] for i in order[-most:]], order[:-most]
+        part, rows = rows[-most:], rows[:-most]
         asked = max(prompt for _, prompt in part)
         ids = torch.zeros(len(part), asked + longest, dtype=torch.long)
         mask, told = torch.zeros_like(ids), torch.zeros(len(part), longest, dtype=torch.bool)
@@ -71,10 +59,10 @@ def batches(rows: Sequence[tuple[list[int], int]], vocabulary: int) -> Iterator[
         yield ids, mask, told
 
 
-def divergence(model, base: Callable[[], Any], part: tuple) -> Tensor:
+def divergence(model, base: Any, part: tuple) -> Tensor:
     """KL(base ‖ policy) in nats, full vocabulary, summed over the reply tokens of a part.
 
-    `base()` is a context whose value is the base; a part is one of `batches`.
+    A part is one of `batches`; with `base` None the base is the model with its adapter off.
     """
     ids, mask, told = (tensor.to(next(model.parameters()).device) for tensor in part)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -86,19 +74,12 @@ def divergence(model, base: Callable[[], Any], part: tuple) -> Tensor:
         logits = some(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
         return logits[:, -told.shape[1] - 1 : -1][told].float().log_softmax(-1)
 
-    # Anew each step: stored once (the 64 largest and the rest's mass) it keeps as well and saves a
-    # quarter of this pass, a tenth of pocket's SFT step and a fiftieth of GRPO's; a resumed run
-    # would have to store it by the same batches to come to the same bits.
-    with torch.no_grad(), base() as frozen:
-        wanted = log_probabilities(frozen)
+    # Anew each step: stored once it would save a tenth of pocket's SFT step and a fiftieth of
+    # GRPO's, and a resumed run would have to store it by the same batches to get the same bits.
+    with torch.no_grad(), model.disable_adapter() if base is None else nullcontext():
+        wanted = log_probabilities(model if base is None else base)
     ours = log_probabilities(model)
     return torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
-
-
-@contextmanager
-def _off(model) -> Iterator[Any]:
-    with model.disable_adapter():
-        yield model
 
 
 @contextmanager
@@ -114,20 +95,19 @@ def _without_dropout(model) -> Iterator[None]:
             module.train()
 
 
-def _replies(model, tokenizer, given: Any, seed: int, count: int, longest: int) -> list[Reply]:
+def _replies(base, tokenizer, keeps: Keeps, seed: int) -> list[Reply]:
     """The replies that `keeping` was given, or asked for."""
     if tokenizer is None:
         raise InputError("retention: pass the tokenizer to the trainer, as processing_class")
+    given = keeps.replies
     if isinstance(given, str):
         if given != "self":
             raise InputError(f'retention: replies {given!r}; give "self", prompts or rows')
-        given = replies.own_turns(model, tokenizer, count, seed)
+        given = replies.own_turns(base, tokenizer, keeps.count, seed)
     elif isinstance(given, Sequence) and given and isinstance(given[0], Reply):
         return list(given)
-    rows = replies.from_rows(tokenizer, given, count, seed)
-    return rows.replies or replies.answered(
-        model, tokenizer, rows.prompts, longest, kinds=rows.kinds
-    )
+    rows = replies.from_rows(tokenizer, given, keeps.count, seed)
+    return rows.replies or replies.answered(base, tokenizer, rows.prompts, keeps.longest)
 
 
 def keeping(
@@ -146,14 +126,13 @@ def keeping(
 
     Built and used as `trainer` is. `replies`: "self", the base writes conversations before the
     first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily; or
-    rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). Taken are `count` at most,
-    fewer of its own where some do not end or repeat; a reply has `max_new_tokens` at most. Each
-    step takes `per_step` of them and their L = KL(base ‖ policy), nats a token, without dropout:
+    rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). At most `count` are taken, a
+    reply of `max_new_tokens` at most. Each step takes `per_step` of them and their
+    L = KL(base ‖ policy), nats a token, without dropout:
 
     - `penalty` adds `weight` × ∇L;
-    - `step` lets a step raise L by no more than `recovery` × (`budget` − L) to first order, and
-      above the budget (nats a token) makes it take so much back, on the displacement that the
-      optimiser made; what the task adds again between steps may hold L above it;
+    - `step` lets the displacement that the optimiser made raise L by no more than `recovery` ×
+      (`budget` − L) to first order, and above the budget makes it take so much back;
     - `cone` takes from the gradient what opposes ∇L, and no more.
 
     The base is the model with its adapter off, or `base`, a frozen copy, where all weights train.
@@ -195,11 +174,6 @@ class Keeping(Trainer):
         if self.keeps.rule != "penalty" and self.limits is None:
             self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
 
-    def _base(self):
-        if self.keeps.base is not None:
-            return nullcontext(self.keeps.base)
-        return _off(self.accelerator.unwrap_model(self.model))
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         value = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -211,34 +185,36 @@ class Keeping(Trainer):
 
     def _keep(self, model) -> None:
         """Put the rule into the gradients of the step, or in the way of it."""
+        keeps, share = self.keeps, 0.0
         own = [p.grad for p in self._trained]
         for p in self._trained:
             p.grad = None
         level = self._backward(model)
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
         self._noted["retention/kl"].append(level)
-        share = self.keeps.weight if self.keeps.rule == "penalty" else self._against(own, rows)
+        if keeps.rule == "penalty":
+            share = keeps.weight
+        elif keeps.rule == "cone":
+            share = self._against(own, rows)
         for p, mine, row in zip(self._trained, own, rows, strict=True):
             p.grad = mine if not share else row * share if mine is None else mine + share * row
         if self.limits is not None:
             scaler = self.accelerator.scaler
             flat = torch.cat([row.flatten().float() for row in rows])
-            flat = flat / (scaler.get_scale() if scaler else 1.0)
-            keeps = self.keeps
+            flat /= scaler.get_scale() if scaler else 1.0
             bound = keeps.recovery * (keeps.budget - level)
             self.limits.watch(self.optimizer)
             self.limits.add("retention", flat, bound if keeps.rule == "step" else float("inf"))
 
     def _against(self, own, rows) -> float:
         """How much of ∇L the cone adds to the gradient: what takes its opposition away."""
-        if self.keeps.rule != "cone":
-            return 0.0
-        pairs = [(a, b) for a, b in zip(own, rows, strict=True) if a is not None]
-        dot, size, whole = (
-            sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
-            for some in (pairs, [(b, b) for b in rows], [(a, a) for a, _ in pairs])
-        )
-        share = max(0.0, -dot / size) if size else 0.0
+
+        def dot(some) -> float:
+            return sum((a * b).sum(dtype=torch.float64).item() for a, b in some)
+
+        pairs = [(mine, row) for mine, row in zip(own, rows, strict=True) if mine is not None]
+        size, whole = dot((row, row) for row in rows), dot((mine, mine) for mine, _ in pairs)
+        share = max(0.0, -dot(pairs) / size) if size else 0.0
         self._noted["retention/cut"].append(share * (size / whole) ** 0.5 if whole else 0.0)
         return share
 
@@ -253,7 +229,7 @@ class Keeping(Trainer):
         for part in batches(chosen[rank::world], words):
             with _without_dropout(model):  # over the backward pass too, which may compute anew
                 with self.compute_loss_context_manager():
-                    loss = divergence(model, self._base, part) / tokens
+                    loss = divergence(model, self.keeps.base, part) / tokens
                 self.accelerator.backward(loss)
             total += loss.detach()
         if world > 1:
@@ -265,16 +241,15 @@ class Keeping(Trainer):
 
     def _made(self) -> list[tuple[list[int], int]]:
         """The replies as tokens, made before the first step, and again after a resume."""
-        from accelerate.utils import broadcast_object_list
-
         found: list = [None]
         if self.accelerator.is_main_process:
-            with self._base() as frozen:
-                found[0] = _replies(
-                    frozen, getattr(self.processing_class, "tokenizer", self.processing_class),
-                    self.keeps.replies, self.args.seed, self.keeps.most,
-                    self.keeps.max_new_tokens,
-                )  # fmt: skip
+            model = self.accelerator.unwrap_model(self.model)
+            found[0] = _replies(
+                model if self.keeps.base is None else self.keeps.base,
+                getattr(self.processing_class, "tokenizer", self.processing_class),
+                self.keeps,
+                self.args.seed,
+            )
         broadcast_object_list(found)
         longest = getattr(self.args, "max_length", None) or 10**6
         rows = [((r.prompt_ids + r.reply_ids)[:longest], len(r.prompt_ids)) for r in found[0]]
@@ -303,7 +278,5 @@ def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Repl
             f"{stage}: retention.rule={section.rule} keeps the base's replies and got none: pass "
             "them (bbkit.broad.of_run), or set retention.rule=none"
         )
-    return keeping(
-        trainer, replies, section.rule, section.weight, section.budget, section.recovery,
-        section.per_step,
-    )  # fmt: skip
+    names = ("rule", "weight", "budget", "recovery", "per_step")
+    return keeping(trainer, replies, **{name: getattr(section, name) for name in names})

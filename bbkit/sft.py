@@ -1,13 +1,15 @@
 """QLoRA supervised fine-tuning on TRL's SFTTrainer: the stage that pays the alignment tax.
 
-Gold replies in the kit's grammar, loss on the reply alone. Every field that unsloth changes without
-being asked is set here (optimiser, rates, batch, seed, loss type).
+Gold replies in the kit's grammar, loss on the reply alone. Every field of the trainer's that
+unsloth would change without being asked is set here.
 """
 
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
+
+import torch
 
 from bbkit import processes, prompts
 from bbkit.config import Settings
@@ -32,8 +34,6 @@ def rows(examples: Sequence[Example]) -> list[dict]:
 
 def precision(model) -> dict:
     """The trainer's bf16/fp16 fields: on a CPU none, else what the model computes in."""
-    import torch
-
     on_gpu = next(model.parameters()).is_cuda
     dtypes = {p.dtype for p in model.parameters()}
     return {
@@ -55,9 +55,6 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": section.optimizer,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
         "gradient_checkpointing": settings.model.gradient_checkpointing,
         "seed": settings.run.seed,
         "data_seed": settings.run.seed,
@@ -65,13 +62,11 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
         "save_total_limit": 2,
         "logging_steps": settings.run.log_steps,
         "report_to": "none",
-        "push_to_hub": False,
         "disable_tqdm": True,
         # NaN must reach `train.Recorder`: the default replaces it in the log by the last mean.
         "logging_nan_inf_filter": False,
         "auto_find_batch_size": False,
         "torch_empty_cache_steps": None,
-        "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
 
@@ -95,11 +90,11 @@ def build(
     model, tokenizer, examples: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
     replies: Sequence[Reply] = (),
 ):  # fmt: skip
-    """An SFTTrainer ready to train (or to resume) a model that already carries its LoRA matrices.
+    """An SFTTrainer over `examples`, in an order fixed by the seed, for a model with its LoRA on.
 
-    `examples` are drawn in an order fixed by the seed. Prompt tokens carry no loss; the end token
-    does, since padding has a token of its own (a model whose pad is its end never learns to stop).
-    `replies` are those of the base, which retention keeps and replay mixes in.
+    Prompt tokens carry no loss; the end token does, since padding has a token of its own (a model
+    whose pad is its end never learns to stop). `replies` are those of the base, which retention
+    keeps and replay mixes in.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -115,7 +110,6 @@ def build(
         gradient_accumulation_steps=passes,
         max_length=settings.model.max_length,
         completion_only_loss=True,
-        packing=False,
         padding_free=False,
         loss_type=section.loss_type,
         eos_token=tokenizer.eos_token,

@@ -2,13 +2,13 @@
 
 Serves the claim that a dynamic reward beats a static one. The paper says "adaptively balances" and
 no more: `deficit` is our reading, the others are published neighbours. Weights lie on the simplex,
-each above a floor. Rewards themselves are never touched: they are logged raw, the weights beside.
+each above a floor. Rewards are logged raw, the weights beside them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,10 +64,7 @@ def advantages(
     (r − μ_k) / σ_R with R = Σ w_k r_k. `dr_grpo` (arXiv 2503.20783): r − μ_k. NaN, a capability
     that does not apply, gets 0. Raises InputError for an infinite reward, naming its column.
 
-    >>> r = torch.tensor([[1.0, 0.52], [0.0, 0.50]])
-    >>> advantages(r, 2, [0.5, 0.5], "gdpo")[0]
-    tensor([0.7095, 0.7046])
-    >>> advantages(r, 2, [0.5, 0.5], "capability")[0]
+    >>> advantages(torch.tensor([[1.0, 0.52], [0.0, 0.50]]), 2, [0.5, 0.5])[0]
     tensor([0.7071, 0.1000])
     """
     if scheme not in SCHEMES:
@@ -116,12 +113,9 @@ def _known(values: Tensor) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values.tolist()]
 
 
+@dataclass
 class Controller:
     """Weights of K capabilities; `update` moves them by one step, `state` and `restore` keep them.
-
-    `preference` (K,) are the weights at the start, and for good with `fixed`. `rate` is the size of
-    a step, `ema` the memory of the averages, `target` the level that a capability should reach (its
-    reward, or its covariance with the sum), `floor` the least weight, but of one that starts at 0.
 
     >>> controller = CONTROLLERS["deficit"]([1.0, 1.0], rate=1.0)
     >>> seen = Stats(reward=[0.9, 0.1], sigma=[0.1, 0.1], covariance=[0.0, 0.0])
@@ -129,25 +123,22 @@ class Controller:
     [0.31, 0.69]
     """
 
-    def __init__(
-        self,
-        rule,
-        preference: Sequence[float],
-        rate: float = 0.1,
-        ema: float = 0.9,
-        target: float = 1.0,
-        floor: float = 0.05,
-    ):
-        total = sum(preference)
-        if min(preference) < 0 or not 0 < total < math.inf:
-            raise InputError(f"weights {list(preference)}: none below 0, and not all 0")
-        if not 0 <= floor * len(preference) < 1:
-            raise InputError(f"weight floor {floor}: below 1/{len(preference)}")
-        self.rule, self.rate, self.ema, self.target = rule, rate, ema, target
-        # A capability whose weight is 0 is switched off, and stays so.
-        self.floors = [floor if w and rule is not fixed else 0.0 for w in preference]
-        self.weights = self._above_floor([w / total for w in preference])
-        self.averages: list[float | None] = [None] * len(preference)
+    rule: Callable
+    preference: Sequence[float]  # (K,) weights at the start, and for good with `fixed`
+    rate: float = 0.1  # size of a step
+    ema: float = 0.9  # memory of the averages
+    target: float = 1.0  # what a reward, or its covariance with the sum, should reach
+    floor: float = 0.05  # least weight, but of a capability that starts at 0: that is off for good
+
+    def __post_init__(self) -> None:
+        start, total = self.preference, sum(self.preference)
+        if min(start) < 0 or not 0 < total < math.inf:
+            raise InputError(f"weights {list(start)}: none below 0, and not all 0")
+        if not 0 <= self.floor * len(start) < 1:
+            raise InputError(f"weight floor {self.floor}: below 1/{len(start)}")
+        self.floors = [self.floor if w and self.rule is not fixed else 0.0 for w in start]
+        self.weights = self._above_floor([w / total for w in start])
+        self.averages: list[float | None] = [None] * len(start)
 
     def update(self, stats: Stats) -> list[float]:
         """The weights after one more step; they sum to 1."""
@@ -164,6 +155,16 @@ class Controller:
                 before = value if before is None else before
                 self.averages[k] = self.ema * before + (1 - self.ema) * value
         return self.averages
+
+    def lag(self, values: Sequence[float | None]) -> list[float]:
+        """How far each average is below the target; 0 where there is none."""
+        return [0.0 if a is None else self.target - a for a in self.average(values)]
+
+    def raised(self, exponents: Sequence[float]) -> list[float]:
+        """w_k · exp(rate · exponent_k), up to one factor for all."""
+        top = max(exponents)  # against overflow
+        pairs = zip(self.weights, exponents, strict=True)
+        return [w * math.exp(self.rate * (e - top)) for w, e in pairs]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as JSON."""
@@ -192,21 +193,18 @@ def fixed(controller: Controller, stats: Stats) -> None:
 
 def deficit(controller: Controller, stats: Stats) -> list[float]:
     """w_k ∝ w_k · exp(rate · (target − average reward)): what lags gets more. Our reading."""
-    return _raised(
-        controller, [_less(controller.target, a) for a in controller.average(stats.reward)]
-    )
+    return controller.raised(controller.lag(stats.reward))
 
 
 def variance(controller: Controller, stats: Stats) -> list[float] | None:
     """w_k ∝ average in-group spread: what still varies gets more (DVAO, arXiv 2605.25604)."""
-    spread = controller.average(stats.sigma)
-    return None if any(s is None for s in spread) else [float(s or 0) for s in spread]
+    spread = [s for s in controller.average(stats.sigma) if s is not None]
+    return spread if len(spread) == len(controller.weights) else None
 
 
 def covariance(controller: Controller, stats: Stats) -> list[float]:
     """log w_k += rate · relu(target − average cov(r_k, w·r)) (CTWA, arXiv 2602.06869)."""
-    found = controller.average(stats.covariance)
-    return _raised(controller, [max(0.0, _less(controller.target, a)) for a in found])
+    return controller.raised([max(0.0, lag) for lag in controller.lag(stats.covariance)])
 
 
 def agreement(controller: Controller, stats: Stats) -> list[float] | None:
@@ -217,17 +215,7 @@ def agreement(controller: Controller, stats: Stats) -> list[float] | None:
     if stats.gramian is None:
         return None
     size = sum(row[k] for k, row in enumerate(stats.gramian)) / len(stats.gramian)
-    return _raised(controller, [sum(row) / size for row in stats.gramian]) if size > 0 else None
-
-
-def _less(target: float, average: float | None) -> float:
-    return 0.0 if average is None else target - average
-
-
-def _raised(controller: Controller, exponents: Sequence[float]) -> list[float]:
-    top = max(exponents)  # no overflow, and the sum is normalised anyway
-    pairs = zip(controller.weights, exponents, strict=True)
-    return [w * math.exp(controller.rate * (e - top)) for w, e in pairs]
+    return controller.raised([sum(row) / size for row in stats.gramian]) if size > 0 else None
 
 
 CONTROLLERS = {

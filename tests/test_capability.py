@@ -81,7 +81,7 @@ def against_trl(options):
 
         def _combine(self):
             kept, self._metrics = self._metrics, {"train": defaultdict(list)}
-            self.capture.drop()
+            self.model.zero_grad()
             for inputs in self.seen:
                 GRPOTrainer.compute_loss(self, self.model, inputs).backward()
             wanted = self.flat()

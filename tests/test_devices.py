@@ -54,7 +54,7 @@ def test_retention_and_the_replies_it_keeps(pair):
     said = replies.answered(model, tokenizer, ["Name one cause of fever.", "Say no."], 12)
     rows = [(r.prompt_ids + r.reply_ids, len(r.prompt_ids)) for r in said]
     for part in retention.batches(rows, model.config.vocab_size):
-        loss = retention.divergence(model, lambda: retention._off(model), part)
+        loss = retention.divergence(model, None, part)
         loss.backward()
         assert loss.item() > 0
     assert all(p.grad.device == DEVICE for p in model.parameters() if p.requires_grad)

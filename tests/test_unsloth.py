@@ -165,7 +165,7 @@ def test_rewards_are_patched_nowhere_else(source):
     + [
         (LOADER, "use_exact_model_name = False", "exact_name = False"),
         (LLAMA, "random_state = 3407", "seed = 3407"),
-        (RL, '"torch_empty_cache_steps": 250', '"max_completion_length": 8, "adam_beta1": 0.8'),
+        (RL, '"torch_empty_cache_steps": 250', '"max_completion_length": 8, "max_steps": 8'),
         (RL, '"optim": "adamw_8bit",', '"epsilon_high": 0.3,'),
     ],
 )
