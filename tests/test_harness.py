@@ -227,9 +227,8 @@ def test_the_task_files_are_found_by_name():
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_path=str(harness.FOLDER), include_defaults=False).all_tasks
-    wanted = {f"bbkit_{task}{end}" for task in harness.OWN for end in ("", "_neutral")}
-    assert set(known) == wanted | {"bbkit_ifeval"}
-    assert f"description: {prompts.SYSTEM}" in (harness.FOLDER / "medqa.yaml").read_text()
+    assert set(known) == {f"bbkit_{task}" for task in harness.CARDS}
+    assert f"description: {prompts.SYSTEM}" in (harness.FOLDER / "_chain_yaml").read_text()
 
 
 @pytest.mark.parametrize(
