@@ -19,6 +19,18 @@ def main_measure(place: str) -> str:
     return "prompt_strict" if place.startswith("ifeval") else "accuracy"
 
 
+def _with_error(measure: Mapping[str, Any]) -> tuple[float, list[list[float]]]:
+    """In per cent: the value, and how far its interval reaches below and above, for `errorbar`."""
+    value, low, high = plots.percent(measure)
+    return value, [[value - low], [high - value]]
+
+
+def _having(found: Mapping[str, Any], part: str) -> tuple[list[str], list[str]]:
+    """The models that were measured, and the places where they have such a part."""
+    models = [m for m in MARKS if m in found]
+    return models, [p for p in found[models[0]] if part in found[models[0]][p]]
+
+
 def front(found: Mapping[str, Any]) -> "Figure | None":
     """Domain against IFEval, with and without the adapter: what tuning gave and what it cost."""
     place = "ifeval/ifeval"
@@ -31,14 +43,13 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
     for axis, domain in zip(axes[0], domains, strict=True):
         points = []
         for model, color in MARKS.items():
-            (x, *xs), (y, *ys) = (
-                plots.percent(found[model][p][main_measure(p)]) for p in (place, domain)
+            (x, xerr), (y, yerr) = (
+                _with_error(found[model][p][main_measure(p)]) for p in (place, domain)
             )
-            spread = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
             points.append((x, y))
             area = statistics.hypervolume(points) / 1e4
             label = f"{'with' if model == 'base' else 'and'} {model}: hypervolume {area:.3f}"
-            axis.errorbar(x, y, **spread, fmt="o", color=color, capsize=3, lw=1, label=label)
+            axis.errorbar(x, y, yerr, xerr, "o", color=color, capsize=3, lw=1, label=label)
         arrow = {"arrowstyle": "->", "color": "#777777", "shrinkA": 6, "shrinkB": 6}
         axis.annotate("", points[1], points[0], arrowprops=arrow)
         axis.set(title=domain.replace("/", ", "), xlim=(-2, 102), ylim=(-2, 102))
@@ -54,8 +65,7 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
 
 def groups(found: Mapping[str, Any]) -> "Figure | None":
     """Accuracy by MMLU subject and strict verdicts by kind of instruction, each with interval."""
-    models = [m for m in MARKS if m in found]
-    places = [p for p in found[models[0]] if "groups" in found[models[0]][p]]
+    models, places = _having(found, "groups")
     if not places:
         return None
     counts = [len(found[models[0]][p]["groups"]) for p in places]
@@ -67,12 +77,11 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
         own = found[models[0]][place]["groups"]
         for m, model in enumerate(models):
             for i, name in enumerate(own):
-                value, low, high = plots.percent(found[model][place]["groups"][name])
+                x, spread = _with_error(found[model][place]["groups"][name])
                 y = i + (m - (len(models) - 1) / 2) * 0.3
-                spread = [[value - low], [high - value]]
                 label = model if i == 0 and len(models) > 1 else None
                 style = {"color": MARKS[model], "capsize": 3, "lw": 1, "label": label}
-                axis.errorbar(value, y, xerr=spread, fmt="o", **style)
+                axis.errorbar(x, y, xerr=spread, fmt="o", **style)
         names = [f"{n.replace('_', ' ')} (n = {g['n']})" for n, g in own.items()]
         axis.set_yticks(range(len(own)), names)
         axis.invert_yaxis()
@@ -91,8 +100,7 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
 
 def calibration(found: Mapping[str, Any]) -> "Figure | None":
     """How often the likeliest option is right, by how likely the model holds it."""
-    models = [m for m in MARKS if m in found]
-    places = [p for p in found[models[0]] if "calibration" in found[models[0]][p]]
+    models, places = _having(found, "calibration")
     if not places:
         return None
     figure, axes = plots.new_figure(3.2 * len(places) + 0.6, 3.9, 1, len(places), squeeze=False)
@@ -101,10 +109,10 @@ def calibration(found: Mapping[str, Any]) -> "Figure | None":
         for model in models:
             some = found[model][place]["calibration"]
             for row in some["bins"]:
-                low, high = statistics.wilson(round(row["accuracy"] * row["n"]), row["n"])
-                x, y = 100 * row["confidence"], 100 * row["accuracy"]
-                spread = [[y - 100 * low], [100 * high - y]]
-                axis.errorbar(x, y, spread, fmt="o", color=MARKS[model], capsize=3, lw=1)
+                bounds = statistics.wilson(round(row["accuracy"] * row["n"]), row["n"])
+                y, spread = _with_error({"value": row["accuracy"], "interval": bounds})
+                style = {"color": MARKS[model], "capsize": 3, "lw": 1}
+                axis.errorbar(100 * row["confidence"], y, spread, fmt="o", **style)
             label = f"{model}: error {100 * some['error']:.1f}"
             axis.plot([], [], "o", color=MARKS[model], label=label)
         axis.set(title=place.split("/")[0], xlim=(-2, 102), ylim=(-2, 102))
