@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -223,14 +222,12 @@ def _item(sample: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         return row | {"kinds": doc["instruction_id_list"], "reply": sample["resps"][0][0]}
     if protocol == "loglikelihood":
         likelihoods = [response[0] for response in sample["filtered_resps"]]
-        highest = max(likelihoods)
-        weights = [math.exp(value - highest) for value in likelihoods]
-        row |= {"confidence": max(weights) / sum(weights), "loglikelihoods": likelihoods}
-        row |= {"gold": doc["letter"], "answer": utils.LETTERS[likelihoods.index(highest)]}
+        letter = utils.LETTERS[likelihoods.index(max(likelihoods))]
+        row |= {"loglikelihoods": likelihoods, "answer": letter}
     else:
-        row |= {"reply": sample["resps"][0][0], "gold": doc["letter"]}
-        row |= {"answer": utils.read_choice(doc, row["reply"])}
-    return row | {"right": float(sample["acc"])}
+        reply = sample["resps"][0][0]
+        row |= {"reply": reply, "answer": utils.read_choice(doc, reply)}
+    return row | {"gold": doc["letter"], "right": float(sample["acc"])}
 
 
 def _distances(model, tokenizer, task: str, args: argparse.Namespace, found: list[dict]) -> None:

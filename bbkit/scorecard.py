@@ -13,7 +13,7 @@ from typing import Any
 from bbkit import plots, statistics
 from bbkit.files import write_bytes
 from bbkit.report import cell, change_cell, markdown, nats
-from bbkit.scoreplots import MARKS, calibration, front, groups, main_measure
+from bbkit.scoreplots import MARKS, front, groups, main_measure
 
 DRAWS = 2000  # resamples of the bootstrap
 FOUR = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
@@ -22,8 +22,8 @@ FOUR = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loos
 def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`{measure: {"value", "n", "interval"}}` over the item rows of one model, task and protocol.
 
-    Groups (MMLU's subjects, IFEval's kinds) have theirs under "groups", calibration of
-    log-likelihoods under "calibration"; "prompt" is the hash over all prompts.
+    Groups (MMLU's subjects, IFEval's kinds) have theirs under "groups"; "prompt" is the hash over
+    all prompts.
     """
     ordered = sorted(rows, key=lambda row: row["id"])
     prompt = hashlib.sha256("".join(row["prompt"] for row in ordered).encode()).hexdigest()[:12]
@@ -49,9 +49,6 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if 1 < len(parts) < len(rows):
         found["groups"] = {name: _mean(pairs) for name, pairs in sorted(parts.items())}
         found["macro"] = _macro(parts)
-    if "confidence" in rows[0]:
-        confidences, rights = ([row[name] for row in rows] for name in ("confidence", "right"))
-        found["calibration"] = statistics.calibration(confidences, rights)
     return found
 
 
@@ -132,7 +129,7 @@ def write(folder: Path, found: Mapping[str, Any], manifest: Mapping[str, Any]) -
     parts = [f"# Benchmarks of {settings['model']['name']}", _table(found)]
     if "difference" in found:
         parts += ["## With the adapter against without", _differences(found["difference"])]
-    figures = {draw.__name__: draw(found) for draw in (front, groups, calibration)}
+    figures = {draw.__name__: draw(found) for draw in (front, groups)}
     drawn = plots.save(folder, figures)
     parts += [f"![{caption}](figures/{name}.png)" for name, caption in drawn.items()]
     facts = {

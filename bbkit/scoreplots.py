@@ -1,4 +1,4 @@
-"""Figures of public benchmarks: the front, accuracy by group, calibration.
+"""Figures of public benchmarks: the front, accuracy by group.
 
 Drawn from what `scorecard.results` gave; intervals always, captions say what to notice.
 """
@@ -23,12 +23,6 @@ def _with_error(measure: Mapping[str, Any]) -> tuple[float, list[list[float]]]:
     """In per cent: the value, and how far its interval reaches below and above, for `errorbar`."""
     value, low, high = plots.percent(measure)
     return value, [[value - low], [high - value]]
-
-
-def _having(found: Mapping[str, Any], part: str) -> tuple[list[str], list[str]]:
-    """The models that were measured, and the places where they have such a part."""
-    models = [m for m in MARKS if m in found]
-    return models, [p for p in found[models[0]] if part in found[models[0]][p]]
 
 
 def front(found: Mapping[str, Any]) -> "Figure | None":
@@ -65,7 +59,8 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
 
 def groups(found: Mapping[str, Any]) -> "Figure | None":
     """Accuracy by MMLU subject and strict verdicts by kind of instruction, each with interval."""
-    models, places = _having(found, "groups")
+    models = [m for m in MARKS if m in found]
+    places = [p for p in found[models[0]] if "groups" in found[models[0]][p]]
     if not places:
         return None
     counts = [len(found[models[0]][p]["groups"]) for p in places]
@@ -95,32 +90,4 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
         figure,
         "Accuracy by subject (dotted: chance) and strict IFEval by kind of instruction, with 95 % "
         "intervals. Notice how wide they are: most subjects have fewer than 200 questions.",
-    )
-
-
-def calibration(found: Mapping[str, Any]) -> "Figure | None":
-    """How often the likeliest option is right, by how likely the model holds it."""
-    models, places = _having(found, "calibration")
-    if not places:
-        return None
-    figure, axes = plots.new_figure(3.2 * len(places) + 0.6, 3.9, 1, len(places), squeeze=False)
-    for axis, place in zip(axes[0], places, strict=True):
-        axis.plot([0, 100], [0, 100], "--", color="black", lw=1)
-        for model in models:
-            some = found[model][place]["calibration"]
-            for row in some["bins"]:
-                bounds = statistics.wilson(round(row["accuracy"] * row["n"]), row["n"])
-                y, spread = _with_error({"value": row["accuracy"], "interval": bounds})
-                style = {"color": MARKS[model], "capsize": 3, "lw": 1}
-                axis.errorbar(100 * row["confidence"], y, spread, fmt="o", **style)
-            label = f"{model}: error {100 * some['error']:.1f}"
-            axis.plot([], [], "o", color=MARKS[model], label=label)
-        axis.set(title=place.split("/")[0], xlim=(-2, 102), ylim=(-2, 102))
-        axis.set_xlabel("confidence (%)")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-    axes[0, 0].set_ylabel("right (%)")
-    return plots.captioned(
-        figure,
-        "Calibration of the log-likelihood protocol: points on the dashed line are as often right "
-        "as the model is sure; below it the model is too sure. Error: expected calibration error.",
     )

@@ -73,7 +73,7 @@ def test_every_task_by_every_protocol(made, tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     for place in places:
         assert f"| {place.replace('/', ' | ')} |" in report
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"groups.png", "calibration.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"groups.png"}
     assert "Run it again" in report and "python -m bbkit.evaluate" in report
 
 
