@@ -220,14 +220,14 @@ def _item(sample: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     if protocol == "ifeval":
         row |= {name: sample[name] for name in (*scorecard.FOUR, "answer_strict")}
         return row | {"kinds": doc["instruction_id_list"], "reply": sample["resps"][0][0]}
-    if protocol == "loglikelihood":
-        likelihoods = [response[0] for response in sample["filtered_resps"]]
-        letter = utils.LETTERS[likelihoods.index(max(likelihoods))]
-        row |= {"loglikelihoods": likelihoods, "answer": letter}
+    if protocol != "loglikelihood":
+        row["reply"] = sample["resps"][0][0]
+        letter = utils.read_choice(doc, row["reply"])
     else:
-        reply = sample["resps"][0][0]
-        row |= {"reply": reply, "answer": utils.read_choice(doc, reply)}
-    return row | {"gold": doc["letter"], "right": float(sample["acc"])}
+        likelihoods = [response[0] for response in sample["filtered_resps"]]
+        row["loglikelihoods"] = likelihoods
+        letter = utils.LETTERS[likelihoods.index(max(likelihoods))]
+    return row | {"gold": doc["letter"], "answer": letter, "right": float(sample["acc"])}
 
 
 def _distances(model, tokenizer, task: str, args: argparse.Namespace, found: list[dict]) -> None:
