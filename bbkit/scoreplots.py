@@ -19,12 +19,6 @@ def main_measure(place: str) -> str:
     return "prompt_strict" if place.startswith("ifeval") else "accuracy"
 
 
-def _with_error(measure: Mapping[str, Any]) -> tuple[float, list[list[float]]]:
-    """In per cent: the value, and how far its interval reaches below and above, for `errorbar`."""
-    value, low, high = plots.percent(measure)
-    return value, [[value - low], [high - value]]
-
-
 def front(found: Mapping[str, Any]) -> "Figure | None":
     """Domain against IFEval, with and without the adapter: what tuning gave and what it cost."""
     place = "ifeval/ifeval"
@@ -37,13 +31,14 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
     for axis, domain in zip(axes[0], domains, strict=True):
         points = []
         for model, color in MARKS.items():
-            (x, xerr), (y, yerr) = (
-                _with_error(found[model][p][main_measure(p)]) for p in (place, domain)
+            (x, *xs), (y, *ys) = (
+                plots.percent(found[model][p][main_measure(p)]) for p in (place, domain)
             )
+            spread = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
             points.append((x, y))
             area = statistics.hypervolume(points) / 1e4
             label = f"{'with' if model == 'base' else 'and'} {model}: hypervolume {area:.3f}"
-            axis.errorbar(x, y, yerr, xerr, "o", color=color, capsize=3, lw=1, label=label)
+            axis.errorbar(x, y, **spread, fmt="o", color=color, capsize=3, lw=1, label=label)
         arrow = {"arrowstyle": "->", "color": "#777777", "shrinkA": 6, "shrinkB": 6}
         axis.annotate("", points[1], points[0], arrowprops=arrow)
         axis.set(title=domain.replace("/", ", "), xlim=(-2, 102), ylim=(-2, 102))
@@ -59,6 +54,8 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
 
 def groups(found: Mapping[str, Any]) -> "Figure | None":
     """Accuracy by MMLU subject and strict verdicts by kind of instruction, each with interval."""
+    import numpy as np
+
     models = [m for m in MARKS if m in found]
     places = [p for p in found[models[0]] if "groups" in found[models[0]][p]]
     if not places:
@@ -71,12 +68,11 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
     for axis, place in zip(axes[:, 0], places, strict=True):
         own = found[models[0]][place]["groups"]
         for m, model in enumerate(models):
-            for i, name in enumerate(own):
-                x, spread = _with_error(found[model][place]["groups"][name])
-                y = i + (m - (len(models) - 1) / 2) * 0.3
-                label = model if i == 0 and len(models) > 1 else None
-                style = {"color": MARKS[model], "capsize": 3, "lw": 1, "label": label}
-                axis.errorbar(x, y, xerr=spread, fmt="o", **style)
+            shown = [plots.percent(found[model][place]["groups"][name]) for name in own]
+            x, low, high = np.transpose(shown)
+            y = np.arange(len(own)) + (m - (len(models) - 1) / 2) * 0.3
+            style = {"color": MARKS[model], "capsize": 3, "lw": 1, "label": model}
+            axis.errorbar(x, y, xerr=[x - low, high - x], fmt="o", **style)
         names = [f"{n.replace('_', ' ')} (n = {g['n']})" for n, g in own.items()]
         axis.set_yticks(range(len(own)), names)
         axis.invert_yaxis()
