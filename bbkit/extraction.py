@@ -76,11 +76,8 @@ REFUSED = re.compile(
 )
 
 
-def extract_choice(text: str, letters: str = "ABCD", otherwise: str | None = None) -> str | None:
+def extract_choice(text: str, letters: str = "ABCD") -> str | None:
     """The one letter of `letters` that `text` commits to, or None; see the module for the rule.
-
-    `otherwise` instead of None is for comparing with published figures whose scorer guessed, as
-    MedRAG's did "A" (arXiv 2402.13178); a figure of ours is never made so.
 
     >>> extract_choice("Vitamin D is out. The answer is (C)."), extract_choice("It is vitamin D.")
     ('C', None)
@@ -93,8 +90,8 @@ def extract_choice(text: str, letters: str = "ABCD", otherwise: str | None = Non
     for kind in (_tag, _json, _boxed, _sentences, _lines):
         found = set(kind(text, letters))
         if found:
-            return (found.pop() if len(found) == 1 else None) or otherwise
-    return otherwise
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
@@ -127,8 +124,7 @@ def _boxed(text: str, letters: str) -> Iterator[str | None]:
 
 def _whole(given: str, letters: str) -> str | None:
     """Of a field that is a letter or begins with a label: "C", "(c)", "C. text", "option C"."""
-    given = re.sub(LEAD, "", given.strip())
-    given = given.strip(" *_`'\"$")
+    given = re.sub(LEAD, "", given.strip()).strip(" *_`'\"$")
     bare = given.strip(" ()[].:")
     if len(bare) == 1 and bare.upper() in letters:
         return bare.upper()

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import io
 import json
-import math
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,9 @@ from bbkit.errors import CannotRun, InputError, exit_code
 from bbkit.tasks import utils
 
 SUBJECTS = (
-    "anatomy",
-    "clinical_knowledge",
-    "college_biology",
-    "college_medicine",
-    "medical_genetics",
-    "professional_medicine",
-)
+    "anatomy clinical_knowledge college_biology college_medicine medical_genetics "
+    "professional_medicine"
+).split()
 CARDS = {
     "medqa": ("medqa", "test"),
     "biomed_mmlu": ("mmlu_medical", "test"),
@@ -39,16 +35,15 @@ CARDS = {
     "ifeval": ("ifeval", "test"),
 }
 # lm-eval's own tasks, each with the part of the card that it reads.
-OWN: dict[str, dict[str, dict[str, Any]]] = {
+OWN: dict[str, dict[str, Any]] = {
     "medqa": {"medqa_4options": {}},
     "biomed_mmlu": {f"mmlu_{subject}": {"subjects": [subject]} for subject in SUBJECTS},
     "pubmedqa": {"pubmedqa": {}},
     "medmcqa": {"medmcqa": {}},
 }
 # The card's rows are all there is: no examples in the prompt, no other split.
-ONE_SPLIT = {"test_split": "test"} | dict.fromkeys(
-    ("training_split", "validation_split", "fewshot_split")
-)
+ONE_SPLIT = {"test_split": "test", "training_split": None, "validation_split": None}
+ONE_SPLIT |= {"fewshot_split": None}
 KL_PROMPTS = 100  # each costs two forward passes over prompt and reply
 PROTOCOLS = ("loglikelihood", "kit", "neutral")
 FOLDER = Path(__file__).parent / "tasks"
@@ -96,14 +91,14 @@ def _main(args: argparse.Namespace, command: Sequence[str]) -> int:
 
     train.go_private(args.offline or settings.model.name == "pocket")
     for task in tasks:  # a file that is missing or changed is better found before the model
-        _rows(task, args)
+        utils.rows(**_source(task, args))
     model, tokenizer = models.load(settings.model, offline=args.offline)
     facts: dict[str, Any] = {"model": model.origin, "adapter": str(args.adapter or "")}
     facts |= {"shuffle": args.shuffle, "max_new_tokens": length, "batch_size": args.batch_size}
     if args.adapter:
         model = adapters.load_adapter(model, args.adapter, trainable=False)
         facts["adapter_sha256"] = _digest((args.adapter / adapters.ADAPTER).read_bytes())
-    if length >= (most := _context(model)):
+    if length >= (most := getattr(model.config, "max_position_embeddings", 2**31)):
         raise InputError(f"--max-new-tokens {length}: the model's whole context is {most} tokens")
     with record.Run(args.out, facts, command, record.resolve_resume("auto", args.out)) as run:
         # Named by what answered: the keys inside are prompts alone.
@@ -153,10 +148,11 @@ def _plan(tasks: Sequence[str], protocols: Sequence[str]) -> list[tuple[str, str
     ]
 
 
-def _rows(task: str, args: argparse.Namespace, **part: Any) -> dict[str, Any]:
+def _source(task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Where a task's rows are from, as `utils.rows` wants to know."""
     card, split = CARDS[task]
-    folder = str(args.data_dir) if args.data_dir else None
-    return utils.rows(card, split, folder, shuffle=args.shuffle, limit=args.limit, **part)
+    source = {"card": card, "split": split, "shuffle": args.shuffle, "limit": args.limit}
+    return source | {"data_dir": str(args.data_dir) if args.data_dir else None}
 
 
 def measure(
@@ -165,25 +161,25 @@ def measure(
     """Item rows of one task by one protocol, {"id", "gold", "answer", "right", …}, and seconds."""
     from lm_eval import evaluator
 
-    if protocol == "loglikelihood":
-        names, changed = OWN[task], dict(ONE_SPLIT)
-    else:
-        names = {f"bbkit_{task}" + ("_neutral" if protocol == "neutral" else ""): {}}
-        limits = {"until": [], "do_sample": False, "max_gen_toks": length}
-        changed = {"generation_kwargs": limits}
+    asked = protocol != "loglikelihood"
+    limits = {"until": [], "do_sample": False, "max_gen_toks": length}
+    changed: dict[str, Any] = {"generation_kwargs": limits} if asked else {**ONE_SPLIT}
+    if protocol == "neutral":
+        changed |= {"doc_to_text": utils.neutral, "description": ""}
     members = [
-        {"task": name, "custom_dataset": functools.partial(_given, task, args, part), **changed}
-        for name, part in names.items()
+        {"task": name, "custom_dataset": utils.rows, **changed}
+        | {"dataset_kwargs": _source(task, args) | part}
+        for name, part in ({f"bbkit_{task}": {}} if asked else OWN[task]).items()
     ]
-    with _quiet():
+    # It tells a line per task of what its files say; its progress bars stay.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
         # As a group: only its members are registered tasks with other settings.
         loaded = _manager().load({"group": "benchmark", "task": members})
         start = time.perf_counter()
-        found = evaluator.evaluate(
-            lm, loaded, bootstrap_iters=0, apply_chat_template=protocol != "loglikelihood"
-        )
+        found = evaluator.evaluate(lm, loaded, bootstrap_iters=0, apply_chat_template=asked)
     seconds = time.perf_counter() - start
-    room = lm.max_length - (0 if protocol == "loglikelihood" else length)
+    room = lm.max_length - length * asked
     samples = [sample for some in found["samples"].values() for sample in some]
     rows = [_item(sample, protocol) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
@@ -196,25 +192,6 @@ def _manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(FOLDER))
-
-
-def _given(task: str, args: argparse.Namespace, part: Mapping[str, Any], **_: Any) -> dict:
-    return _rows(task, args, **part)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """lm-eval tells a line per task of what its files say; its progress bars stay."""
-    import logging
-
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(before)
 
 
 def _cached(model, tokenizer, batch_size: int, file: Path):
@@ -243,28 +220,21 @@ def _item(sample: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     if protocol == "ifeval":
         row |= {name: sample[name] for name in (*scorecard.FOUR, "answer_strict")}
         return row | {"kinds": doc["instruction_id_list"], "reply": sample["resps"][0][0]}
-    letter: str | None
-    if protocol == "loglikelihood":
-        likelihoods = [response[0] for response in sample["filtered_resps"]]
-        highest = max(likelihoods)
-        weights = [math.exp(value - highest) for value in likelihoods]
-        row |= {"confidence": max(weights) / sum(weights), "loglikelihoods": likelihoods}
-        letter = "ABCDEFGHIJ"[likelihoods.index(highest)]
-    else:
-        row |= {"reply": sample["resps"][0][0]}
+    if protocol != "loglikelihood":
+        row["reply"] = sample["resps"][0][0]
         letter = utils.read_choice(doc, row["reply"])
+    else:
+        likelihoods = [response[0] for response in sample["filtered_resps"]]
+        row["loglikelihoods"] = likelihoods
+        letter = utils.LETTERS[likelihoods.index(max(likelihoods))]
     return row | {"gold": doc["letter"], "answer": letter, "right": float(sample["acc"])}
-
-
-def _context(model) -> int:
-    return int(getattr(model.config, "max_position_embeddings", 2**31))
 
 
 def _distances(model, tokenizer, task: str, args: argparse.Namespace, found: list[dict]) -> None:
     """Put KL(tuned, base) along the replies into item rows; see `generation.divergence`."""
     from bbkit import generation
 
-    docs = {doc["id"]: doc for doc in _rows(task, args)["test"]}
+    docs = {doc["id"]: doc for doc in utils.rows(**_source(task, args))["test"]}
     examples = [utils.example(docs[row["id"]]) for row in found]
     values = generation.divergence(model, tokenizer, examples, [row["reply"] for row in found])
     for row, value in zip(found, values, strict=True):

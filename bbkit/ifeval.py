@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from bbkit.errors import CannotRun, InputError
@@ -68,22 +67,6 @@ def final_answer(text: str) -> str:
     """
     parts = split_reply(text)
     return text if parts is None or parts[1] is None else parts[1]
-
-
-def shares(scores: Sequence[Mapping]) -> dict[str, float]:
-    """IFEval's four numbers: shares of prompts (all instructions followed) and of instructions.
-
-    >>> shares([{"strict": [True, False], "loose": [True, True]}])["instruction_strict"]
-    0.5
-    """
-    if not scores:
-        raise InputError("IFEval: no scores to take shares of")
-    four = {}
-    for rule in ("strict", "loose"):
-        prompts = [score[rule] for score in scores]
-        four[f"prompt_{rule}"] = fmean(map(all, prompts))
-        four[f"instruction_{rule}"] = fmean(kept for prompt in prompts for kept in prompt)
-    return four
 
 
 @cache

@@ -1,19 +1,21 @@
 """What retention costs: optimiser steps of the kit's own trainers with it and without.
 
-`python -m bbkit.benchmark --retention` prints a table and writes JSON. Serves the claim of no
-alignment tax: what keeps the base must be cheap enough to leave on. Steps have the shapes of the
-preset, real rows and replies, sampling included. All start at the same weights, a little away from
-the base so that the rules have work to do, and from the same seed: they draw the same completions.
+Serves the claim of no alignment tax: what keeps the base must be cheap enough to leave on. Steps
+have the shapes of the preset, real rows and replies, sampling included. All start at the same
+weights, a little away from the base so that the rules have work to do, and from the same seed: they
+draw the same completions.
 """
 
 import argparse
-import random
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bbkit import benchmark, config
+import datasets
+import torch
+
+from bbkit import broad, config, grpo, sft, timing, train
 from bbkit.errors import CannotRun, InputError
 
 AWAY = 0.06  # spread of the B matrices: some 0.015 nats a token on pocket, 0.2 on SmolLM2
@@ -21,65 +23,60 @@ SHOWS = {"penalty": "retention/kl", "step": "retention/slope"}  # by what a rule
 Variant = tuple[str, str, int]  # stage, rule, replies of the base that a step looks at
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the table; or, with `--peak`, the most bytes in use in one step of that variant."""
-    if args.peak:
-        stage, rule, count = args.peak.split("/")
-        [trainer] = _trainers(args, [(stage, rule, int(count))], args.kept).values()
-        print(benchmark.peak_of(lambda: _seconds(trainer, 1)))
-        return 0
+def rows(args: argparse.Namespace) -> list[dict]:
+    """A row of figures for each stage, rule and number of replies; printed as a table."""
     print(" | ".join(["model", "stage", "rule", "replies", "step", "peak MB"]), flush=True)
-    rows, name = [], config.load(args.preset, None, args.set).model.name
+    found, name = [], config.load(args.preset, None, args.set).model.name
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "replies.jsonl"
         for stage in ("sft", "grpo"):
             variants = [(stage, rule, count) for rule in SHOWS for count in args.replies]
-            for variant, found in step_ratios(args, [(stage, "none", 0), *variants], kept).items():
-                options = ["--retention", "--peak", "/".join(map(str, variant)), f"--kept={kept}"]
-                options += [f"--data-dir={args.data_dir}"] if args.data_dir else []
-                peak = benchmark.peak_apart(args, options)
+            steps = step_ratios(args, [(stage, "none", 0), *variants], kept)
+            for variant, figures in steps.items():
+                options = ["--peak", "/".join(map(str, variant)), f"--kept={kept}"]
+                peak = timing.peak_apart(args.words, options)
                 row = dict(zip(("stage", "rule", "replies"), variant, strict=True))
-                rows.append({"model": name, **row, **found, "peak_bytes": peak})
-                cells = [*map(str, variant), f"{found['step']:.3f}", f"{peak / 1e6:,.0f}"]
+                found.append({"model": name, **row, **figures, "peak_bytes": peak})
+                cells = [*map(str, variant), f"{figures['step']:.3f}", f"{peak / 1e6:,.0f}"]
                 print(" | ".join([Path(name).name, *cells]), flush=True)
-    benchmark.write(args, rows)
-    return 0
+    return found
+
+
+def peak(args: argparse.Namespace) -> int:
+    """Most bytes in use in one step of the variant `args.peak`, "stage/rule/replies"."""
+    stage, rule, count = args.peak.split("/")
+    [trainer] = _trainers(args, [(stage, rule, int(count))], args.kept).values()
+    return timing.peak_of(lambda: _seconds(trainer, 1))
 
 
 def step_ratios(
     args: argparse.Namespace, variants: list[Variant], kept: Path
 ) -> dict[Variant, dict[str, float]]:
     """Per variant the median ratio of a {"step"} to the first one's, and its median {"seconds"}."""
-    import torch
-
     trainers = _trainers(args, variants, kept)
     trained = [p for p in trainers[variants[0]].model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    for turn in range(args.rounds + 1):
-        for variant in random.Random(turn).sample(variants, len(variants)):
-            took = _seconds(trainers[variant], turn)
-            with torch.no_grad():
-                for p, value in zip(trained, start, strict=True):
-                    p.copy_(value)
-            if turn:  # the first round warms up
-                seconds[variant].append(took)
-    plain = seconds[variants[0]]
-    return {
-        variant: {"step": benchmark.ratio(took, plain), "seconds": statistics.median(took)}
-        for variant, took in seconds.items()
-    }
+
+    def run(variant: Variant, turn: int) -> tuple[float]:
+        took = _seconds(trainers[variant], turn)
+        for p, value in zip(trained, start, strict=True):
+            p.data.copy_(value)
+        return (took,)
+
+    took = timing.rounds(variants, args.rounds, run)
+    found = timing.ratios(took, "step")
+    for variant, seconds in took.items():
+        found[variant]["seconds"] = statistics.median(whole for (whole,) in seconds)
+    return found
 
 
 def _seconds(trainer, turn: int) -> float:
     """Seconds of one step. Raises CannotRun where its rule did nothing: a ratio would hide that."""
-    import torch
-
     torch.manual_seed(turn)
     trainer.state.global_step = turn  # draws the replies
     noted: dict[str, Any] = getattr(trainer, "_noted", {})
     noted.clear()
-    took = benchmark.step(trainer)
+    took = timing.step(trainer)
     rule = trainer.retention_rule
     if rule in SHOWS and not noted.keys() | trainer._metrics["train"].keys() >= {SHOWS[rule]}:
         raise CannotRun(f"benchmark: retention {rule}: a step ran without it")
@@ -88,11 +85,6 @@ def _seconds(trainer, turn: int) -> float:
 
 def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> dict[Variant, Any]:
     """The kit's own trainers of one model, whose replies are made once, in the file `kept`."""
-    import datasets
-    import torch
-
-    from bbkit import broad, grpo, sft, train
-
     datasets.disable_progress_bars()  # they would run through the table
     fixed = [f"retention.replies={2 * max(args.replies)}", *args.set]
     fixed += ["sft.warmup_steps=0", "grpo.warmup_steps=0"]  # a first step that goes somewhere
@@ -102,7 +94,7 @@ def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> 
     order = grpo.schedule(
         asked, general, 1, settings.grpo.prompts, settings.grpo.instruction_share, settings.run.seed
     )
-    model, tokenizer = benchmark.lora_model(settings)
+    model, tokenizer = timing.lora_model(settings)
     replies = broad.of_run(kept, model, tokenizer, settings, rows["held_out"], args.data_dir)
     if len(replies) < (most := max(count for *_, count in variants)):
         raise InputError(f"--replies {most}: there are {len(replies)} of the base")
@@ -119,5 +111,5 @@ def _trainers(args: argparse.Namespace, variants: list[Variant], kept: Path) -> 
         build, given = (sft.build, rows["sft"]) if stage == "sft" else (grpo.build, order)
         trainer = build(model, tokenizer, given, own, kept.parent, replies=replies)
         trainer.retention_rule = rule
-        made[variant] = benchmark.ready(trainer)
+        made[variant] = timing.ready(trainer)
     return made

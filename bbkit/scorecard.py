@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit import plots, scoreplots, statistics
+from bbkit import plots, statistics
 from bbkit.files import write_bytes
-from bbkit.report import cell, change_cell, markdown
-from bbkit.scoreplots import MARKS, main_measure
+from bbkit.report import cell, change_cell, markdown, nats
+from bbkit.scoreplots import MARKS, front, groups, main_measure
 
 DRAWS = 2000  # resamples of the bootstrap
 FOUR = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
@@ -22,54 +22,45 @@ FOUR = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loos
 def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`{measure: {"value", "n", "interval"}}` over the item rows of one model, task and protocol.
 
-    Groups (MMLU's subjects, IFEval's kinds) have theirs under "groups", calibration of
-    log-likelihoods under "calibration"; "prompt" is the hash over all prompts.
+    Groups (MMLU's subjects, IFEval's kinds) have theirs under "groups"; "prompt" is the hash over
+    all prompts.
     """
     ordered = sorted(rows, key=lambda row: row["id"])
     prompt = hashlib.sha256("".join(row["prompt"] for row in ordered).encode()).hexdigest()[:12]
     found: dict[str, Any] = {"prompt": prompt, "cut": sum(row.get("cut", False) for row in rows)}
-    if known := [row["kl"] for row in rows if "kl" in row]:
-        ids = [row["id"] for row in rows if "kl" in row]
-        low, high = statistics.interval(known, ids, DRAWS, shares=False)
-        found["kl"] = {"value": sum(known) / len(known), "n": len(known), "interval": [low, high]}
+    if known := [(row["id"], row["kl"]) for row in rows if "kl" in row]:
+        found["kl"] = _mean(known, shares=False)
+    parts: dict[str, list[tuple[str, float]]] = defaultdict(list)
     if "prompt_strict" in rows[0]:
-        for name in FOUR:
-            found[name] = _verdicts(rows, name)
-        found["answer_strict"] = _verdicts(rows, "answer_strict")
-        kinds = defaultdict(list)
+        for name in (*FOUR, "answer_strict"):
+            found[name] = _mean([(r["id"], float(kept)) for r in rows for kept in _many(r[name])])
         for row in rows:
             for kind, kept in zip(row["kinds"], row["instruction_strict"], strict=True):
-                kinds[kind.split(":")[0]].append((row["id"], float(kept)))
-        return found | {"groups": {kind: _mean(pairs) for kind, pairs in sorted(kinds.items())}}
+                parts[kind.split(":")[0]].append((row["id"], float(kept)))
+        return found | {"groups": {kind: _mean(pairs) for kind, pairs in sorted(parts.items())}}
     found["accuracy"] = _mean([(row["id"], row["right"]) for row in rows])
     given = [row for row in rows if row["answer"] is not None]
     if "reply" in rows[0]:
         found["parsed"] = _mean([(row["id"], float(row["answer"] is not None)) for row in rows])
         if given:
             found["accuracy_parsed"] = _mean([(row["id"], row["right"]) for row in given])
-    groups = defaultdict(list)
     for row in rows:
-        groups[row["entity"]].append((row["id"], row["right"]))
-    if 1 < len(groups) < len(rows):
-        found["groups"] = {name: _mean(pairs) for name, pairs in sorted(groups.items())}
-        found["macro"] = _macro(groups)
-    if "confidence" in rows[0]:
-        pairs = [(row["confidence"], bool(row["right"])) for row in rows]
-        confidences, rights = zip(*pairs, strict=True)
-        found["calibration"] = statistics.calibration(confidences, rights)
+        parts[row["entity"]].append((row["id"], row["right"]))
+    if 1 < len(parts) < len(rows):
+        found["groups"] = {name: _mean(pairs) for name, pairs in sorted(parts.items())}
+        found["macro"] = _macro(parts)
     return found
 
 
-def _mean(pairs: Sequence[tuple[str, float]]) -> dict[str, Any]:
+def _many(verdicts: float | Sequence[bool]) -> Sequence[float]:
+    return verdicts if isinstance(verdicts, Sequence) else [verdicts]
+
+
+def _mean(pairs: Sequence[tuple[str, float]], shares: bool = True) -> dict[str, Any]:
     """Of (prompt, value): a prompt's values go together, several instructions of it for example."""
-    values = [value for _, value in pairs]
-    low, high = statistics.interval(values, [prompt for prompt, _ in pairs], DRAWS)
+    prompts, values = zip(*pairs, strict=True)
+    low, high = statistics.interval(values, prompts, DRAWS, shares)
     return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
-
-
-def _verdicts(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    values = [(r["id"], r[name] if isinstance(r[name], list) else [r[name]]) for r in rows]
-    return _mean([(prompt, float(kept)) for prompt, many in values for kept in many])
 
 
 def _macro(groups: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, Any]:
@@ -115,21 +106,18 @@ def results(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> 
 
 
 def _paired(cells: Mapping[str, Mapping[str, Sequence[Mapping]]], place: str) -> dict[str, Any]:
-    name = "prompt_strict" if main_measure(place) == "prompt_strict" else "right"
-    before = {row["id"]: row[name] for row in cells["base"][place]}
-    after = {row["id"]: row[name] for row in cells["tuned"][place]}
+    name = main_measure(place).replace("accuracy", "right")
+    before, after = (
+        {row["id"]: row[name] for row in cells[model][place]} for model in ("base", "tuned")
+    )
     ids = sorted(before)
-    changes = [after[i] - before[i] for i in ids]
-    low, high = statistics.interval(changes, ids, DRAWS, shares=False)
-    found = {"value": sum(changes) / len(changes), "n": len(changes), "interval": [low, high]}
-    test = statistics.mcnemar([before[i] > 0 for i in ids], [after[i] > 0 for i in ids])
-    return found | test
+    found = _mean([(i, after[i] - before[i]) for i in ids], shares=False)
+    return found | statistics.mcnemar([before[i] > 0 for i in ids], [after[i] > 0 for i in ids])
 
 
 def line(label: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """One line for the terminal on what was just measured."""
-    found = measures(rows)
-    name = "prompt_strict" if "prompt_strict" in found else "accuracy"
+    found, name = measures(rows), main_measure(label.partition("/")[2])
     parsed = f", parsed {cell(found['parsed'])}" if "parsed" in found else ""
     return f"{label}: {name} {cell(found[name])} %{parsed}, n {len(rows)}"
 
@@ -137,25 +125,19 @@ def line(label: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def write(folder: Path, found: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """report.md with its figures in figures/, written from what `results` gave."""
     settings, hardware = manifest["settings"], manifest["hardware"]
-    device = ", ".join(hardware.get("gpu", [hardware.get("cpu", "CPU")]))
+    shuffle = settings["shuffle"]
     parts = [f"# Benchmarks of {settings['model']['name']}", _table(found)]
     if "difference" in found:
         parts += ["## With the adapter against without", _differences(found["difference"])]
-    figures = {
-        "front": scoreplots.front(found),
-        "groups": scoreplots.groups(found),
-        "calibration": scoreplots.calibration(found),
-    }
+    figures = {draw.__name__: draw(found) for draw in (front, groups)}
     drawn = plots.save(folder, figures)
     parts += [f"![{caption}](figures/{name}.png)" for name, caption in drawn.items()]
     facts = {
-        "device": device,
+        "device": ", ".join(hardware.get("gpu", [hardware.get("cpu", "CPU")])),
         "model": ", ".join(f"{k} {v}" for k, v in settings["model"].items()),
         "adapter": settings["adapter"] or "none",
         "new tokens per reply": settings["max_new_tokens"],
-        "options": "as published"
-        if settings["shuffle"] is None
-        else f"shuffled by seed {settings['shuffle']}",
+        "options": "as published" if shuffle is None else f"shuffled by seed {shuffle}",
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
     parts += ["## What ran", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
@@ -179,22 +161,20 @@ def _table(found: Mapping[str, Any]) -> str:
                 names = (*FOUR[1:], "answer_strict")
                 rest = ", ".join(f"{n.replace('_', ' ')} {cell(some[n])}" for n in names)
                 lines.append(["", "", "", rest, *[""] * 6])
-    cut = {f"{m} {p}": s["cut"] for m in MARKS for p, s in found.get(m, {}).items() if s["cut"]}
-    kls = {p: s["kl"] for p, s in found.get("tuned", {}).items() if "kl" in s}
-    notes = "".join(
-        f"\n\n{count} prompts of {place} did not fit the context and lost their beginning."
-        for place, count in cut.items()
-    ) + "".join(
-        f"\n\nKL to the base along {row['n']} replies of {place}: {row['value']:.3f} "
-        f"[{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] nats per token."
-        for place, row in kls.items()
-    )
+    notes = [
+        f"{some['cut']} prompts of {m} {place} did not fit the context and lost their beginning."
+        for m in MARKS for place, some in found.get(m, {}).items() if some["cut"]
+    ] + [
+        f"KL to the base along {some['kl']['n']} replies of {place}: {nats(some['kl'])} nats per "
+        "token."
+        for place, some in found.get("tuned", {}).items() if "kl" in some
+    ]  # fmt: skip
     reading = (
         "Brackets are 95 % intervals: Wilson's for shares, else bootstrap over prompts. What could "
         "not be read counts as wrong. `answer strict` reads a reply in the kit's grammar by its "
         "answer: the tags alone fail strict IFEval."
     )
-    return f"{markdown(head, lines)}\n\n{reading}{notes}"
+    return "\n\n".join([markdown(head, lines), reading, *notes])
 
 
 def _differences(found: Mapping[str, Mapping[str, Any]]) -> str:

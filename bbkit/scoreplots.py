@@ -1,4 +1,4 @@
-"""Figures of public benchmarks: the front, accuracy by group, calibration.
+"""Figures of public benchmarks: the front, accuracy by group.
 
 Drawn from what `scorecard.results` gave; intervals always, captions say what to notice.
 """
@@ -54,6 +54,8 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
 
 def groups(found: Mapping[str, Any]) -> "Figure | None":
     """Accuracy by MMLU subject and strict verdicts by kind of instruction, each with interval."""
+    import numpy as np
+
     models = [m for m in MARKS if m in found]
     places = [p for p in found[models[0]] if "groups" in found[models[0]][p]]
     if not places:
@@ -66,13 +68,11 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
     for axis, place in zip(axes[:, 0], places, strict=True):
         own = found[models[0]][place]["groups"]
         for m, model in enumerate(models):
-            for i, name in enumerate(own):
-                value, low, high = plots.percent(found[model][place]["groups"][name])
-                y = i + (m - (len(models) - 1) / 2) * 0.3
-                spread = [[value - low], [high - value]]
-                label = model if i == 0 and len(models) > 1 else None
-                style = {"color": MARKS[model], "capsize": 3, "lw": 1, "label": label}
-                axis.errorbar(value, y, xerr=spread, fmt="o", **style)
+            shown = [plots.percent(found[model][place]["groups"][name]) for name in own]
+            x, low, high = np.transpose(shown)
+            y = np.arange(len(own)) + (m - (len(models) - 1) / 2) * 0.3
+            style = {"color": MARKS[model], "capsize": 3, "lw": 1, "label": model}
+            axis.errorbar(x, y, xerr=[x - low, high - x], fmt="o", **style)
         names = [f"{n.replace('_', ' ')} (n = {g['n']})" for n, g in own.items()]
         axis.set_yticks(range(len(own)), names)
         axis.invert_yaxis()
@@ -86,33 +86,4 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
         figure,
         "Accuracy by subject (dotted: chance) and strict IFEval by kind of instruction, with 95 % "
         "intervals. Notice how wide they are: most subjects have fewer than 200 questions.",
-    )
-
-
-def calibration(found: Mapping[str, Any]) -> "Figure | None":
-    """How often the likeliest option is right, by how likely the model holds it."""
-    models = [m for m in MARKS if m in found]
-    places = [p for p in found[models[0]] if "calibration" in found[models[0]][p]]
-    if not places:
-        return None
-    figure, axes = plots.new_figure(3.2 * len(places) + 0.6, 3.9, 1, len(places), squeeze=False)
-    for axis, place in zip(axes[0], places, strict=True):
-        axis.plot([0, 100], [0, 100], "--", color="black", lw=1)
-        for model in models:
-            some = found[model][place]["calibration"]
-            for row in some["bins"]:
-                low, high = statistics.wilson(round(row["accuracy"] * row["n"]), row["n"])
-                x, y = 100 * row["confidence"], 100 * row["accuracy"]
-                spread = [[y - 100 * low], [100 * high - y]]
-                axis.errorbar(x, y, spread, fmt="o", color=MARKS[model], capsize=3, lw=1)
-            label = f"{model}: error {100 * some['error']:.1f}"
-            axis.plot([], [], "o", color=MARKS[model], label=label)
-        axis.set(title=place.split("/")[0], xlim=(-2, 102), ylim=(-2, 102))
-        axis.set_xlabel("confidence (%)")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-    axes[0, 0].set_ylabel("right (%)")
-    return plots.captioned(
-        figure,
-        "Calibration of the log-likelihood protocol: points on the dashed line are as often right "
-        "as the model is sure; below it the model is too sure. Error: expected calibration error.",
     )

@@ -8,18 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import benchmark, limits, retention, retention_cost
+from bbkit import benchmark, limits, retention, retention_cost, timing, variants
 from bbkit.errors import CannotRun
 
 SMALL = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
 
 
+def only_apart(monkeypatch, variant: str) -> None:
+    """The peak of one variant is measured, in a process of its own: one is enough here."""
+    apart = timing.peak_apart
+
+    def peak(words, options):
+        return apart(words, options) if variant in options else 2e8
+
+    monkeypatch.setattr(timing, "peak_apart", peak)
+
+
 def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch):
-    apart = benchmark._variant_peak  # a process each: one of them is enough here
-    monkeypatch.setattr(
-        benchmark, "_variant_peak", lambda *a: apart(*a) if a[-1] == "one_pass" else 2e8
-    )
-    steps, plain_step = set(), benchmark.step
+    only_apart(monkeypatch, "one_pass")
+    steps, plain_step = set(), timing.step
 
     def step(trainer):
         took = plain_step(trainer)
@@ -27,18 +34,18 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
         steps.add((type(trainer).__name__, aware, trainer.sampling > 0))
         return took
 
-    monkeypatch.setattr(benchmark, "step", step)
+    monkeypatch.setattr(timing, "step", step)
     out = tmp_path / "figures.json"
     assert benchmark.main([*SMALL, "--out", str(out)]) == 0
     assert steps == {("Timed", False, True), ("CapabilityAware", True, True)}
     found = json.loads(out.read_text())
     rows = {row["variant"]: row for row in found["rows"]}
-    assert set(rows) == set(benchmark.VARIANTS) and "machine" in found
+    assert set(rows) == set(variants.VARIANTS) and "machine" in found
     for key in ("backward", "both", "step", "step_with_generation"):
         assert rows["plain"][key] == 1.0 and rows["one_pass"][key] > 0
     assert all(row["peak_bytes"] > 1e7 for row in rows.values())
     table = capsys.readouterr().out
-    assert all(f"| {variant} |" in table for variant in benchmark.VARIANTS)
+    assert all(f"| {variant} |" in table for variant in variants.VARIANTS)
 
 
 def test_unsloth_has_rows_of_its_own_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
@@ -50,21 +57,21 @@ def test_unsloth_has_rows_of_its_own_where_there_is_a_gpu(tmp_path, monkeypatch,
         made.append(command)
         rows = [
             {"capabilities": 2, "rank": 4, "variant": name, "backend": "unsloth", "seconds": 0.0}
-            for name in benchmark.VARIANTS
+            for name in variants.VARIANTS
         ]
         for row in rows[2:]:
             del row["seconds"]
         Path(command[-1]).write_text(json.dumps({"rows": rows}))
         return subprocess.CompletedProcess(command, 0)
 
-    assert list(benchmark.VARIANTS)[:2] == ["plain", "one_pass"]
-    monkeypatch.setattr(benchmark, "_variant_peak", lambda *a: 2e8)
+    assert list(variants.VARIANTS)[:2] == ["plain", "one_pass"]
+    only_apart(monkeypatch, "none")
     monkeypatch.setattr(benchmark, "backend_beside", lambda args: True)
     monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "figures.json"
     assert benchmark.main([*SMALL, "--out", str(out)]) == 0
     backends = [row["backend"] for row in json.loads(out.read_text())["rows"]]
-    half = len(benchmark.VARIANTS)
+    half = len(variants.VARIANTS)
     assert backends == ["transformers"] * half + ["unsloth"] * half
     assert made[0][:5] == [sys.executable, "-m", "bbkit.benchmark", *SMALL[:2]]
     assert "K 2, rank 4, one_pass: 0.000" in capsys.readouterr().out
@@ -78,12 +85,7 @@ STEPS += ["--set", "grpo.max_completion_length=8", "--set", "model.lora_rank=4"]
 
 
 def test_it_measures_what_retention_costs(tmp_path, capsys, monkeypatch):
-    apart = benchmark.peak_apart
-
-    def one_alone(args, options):
-        return apart(args, options) if "grpo/step/2" in options else 2e8
-
-    monkeypatch.setattr(benchmark, "peak_apart", one_alone)
+    only_apart(monkeypatch, "grpo/step/2")
     out = tmp_path / "figures.json"
     assert benchmark.main([*STEPS, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
@@ -100,7 +102,7 @@ def test_it_measures_what_retention_costs(tmp_path, capsys, monkeypatch):
 
 def test_each_timed_step_starts_alike_and_has_its_rule(tmp_path, monkeypatch):
     seen: dict[str, list] = {"none": [], "penalty": [], "step": []}
-    plain_step = benchmark.step
+    plain_step = timing.step
 
     def step(trainer):
         before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -109,10 +111,10 @@ def test_each_timed_step_starts_alike_and_has_its_rule(tmp_path, monkeypatch):
         seen[trainer.retention_rule].append((before, noted))
         return took
 
-    monkeypatch.setattr(benchmark, "step", step)
+    monkeypatch.setattr(timing, "step", step)
     args = benchmark.parser().parse_args(STEPS)
-    variants = [("grpo", "none", 0), ("grpo", "penalty", 2), ("grpo", "step", 2)]
-    retention_cost.step_ratios(args, variants, tmp_path / "replies.jsonl")
+    kinds = [("grpo", "none", 0), ("grpo", "penalty", 2), ("grpo", "step", 2)]
+    retention_cost.step_ratios(args, kinds, tmp_path / "replies.jsonl")
     start = seen["none"][0][0]
     for turn in range(2):
         for found in seen.values():
@@ -153,6 +155,6 @@ def test_bad_input_is_one_line(arguments, code, capsys):
 
 def test_a_process_killed_for_memory_is_one_line(monkeypatch):
     killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: killed)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(CannotRun, match="ended by signal 9"):
-        benchmark.peak_apart(benchmark.parser().parse_args([]), ["--peak", "plain"])
+        timing.peak_apart([], ["--peak", "plain"])

@@ -76,10 +76,10 @@ def test_what_is_measured_elsewhere(pair):
 
 
 def test_benchmark_and_one_pass(pair):
-    from bbkit import benchmark
+    from bbkit import variants
 
     model, _ = pair
-    found = benchmark.backward_ratios(model.train(), 3, 4, 16, 1)
+    found = variants.backward_ratios(model.train(), 3, 4, 16, 1)
     assert all(row["both"] > 0 for row in found.values())
 
 

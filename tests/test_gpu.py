@@ -23,7 +23,19 @@ import safetensors.torch
 import torch
 from torch.nn.functional import cosine_similarity
 
-from bbkit import adapters, benchmark, config, gpu, gradients, hub, memory, models, record, variants
+from bbkit import (
+    adapters,
+    benchmark,
+    config,
+    gpu,
+    gradients,
+    hub,
+    memory,
+    models,
+    record,
+    timing,
+    variants,
+)
 from bbkit.files import read_json, read_rows
 from bbkit.replies import Reply
 
@@ -100,7 +112,7 @@ def in_shape(size: str, folder: Path, *keys: str):
         clear()
     every = [*BASE, f"model.name={path}", "model.dtype=bfloat16", *keys, *(LESS if TINY else [])]
     settings = config.load(SHAPES[size], None, every)
-    return settings, *benchmark.lora_model(settings)
+    return settings, *timing.lora_model(settings)
 
 
 def words(out: Path, keys: list[str]) -> list[str]:
@@ -160,11 +172,11 @@ def test_onepass(dtype, most, figure, folder, monkeypatch):
     assert settings.model.gradient_checkpointing and settings.model.quantization == "nf4"
     away(model, 0.02)
     count, tokens = (4, 32) if TINY else (8, 512)
-    ids, shares = benchmark._batch(model, count, tokens, 3)
+    ids, shares = variants.random_batch(model, count, tokens, 3)
 
     def terms():
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return variants._terms(model, ids)
+            return variants.terms(model, ids)
 
     with gradients.capability_gradients(model, shares) as one:
         terms().sum().backward()
@@ -185,10 +197,10 @@ def test_onepass(dtype, most, figure, folder, monkeypatch):
     if dtype == "float32":
         return
     kept = {k: variants.VARIANTS[k] for k in ("plain", "one_pass", "replay")}
-    monkeypatch.setattr(benchmark, "VARIANTS", kept)
+    monkeypatch.setattr(variants, "VARIANTS", kept)
     times: dict[str, float] = {}
     for kinds in (1, 2, 4, 8):
-        found = benchmark.backward_ratios(model, kinds, count, tokens, 1 if TINY else 3)
+        found = variants.backward_ratios(model, kinds, count, tokens, 1 if TINY else 3)
         times |= {f"one pass, K={kinds}": found["one_pass"]["both"]}
         times |= {f"K passes, K={kinds}": found["replay"]["both"]}
     figure("forward and backward in times of plain TRL's", **times)
@@ -212,7 +224,7 @@ def test_retention(figure, tmp_path):
     for name, more in ways.items():
         settings = config.load("pocket", None, [*keys, *more])
         rows = train.load_rows(settings, None)
-        model, tokenizer = benchmark.lora_model(settings)
+        model, tokenizer = timing.lora_model(settings)
         kept = broad.of_run(tmp_path / "replies", model, tokenizer, settings, [], None)
         given = (model, tokenizer, rows["sft"], settings, tmp_path / name)
         trainer = sft.build(*given, replies=kept)
@@ -291,13 +303,13 @@ def steps_of(size: str, folder: Path, work: Path, figure, card: float = 0.0) -> 
         ("grpo", grpo.build, longest - settings.grpo.max_completion_length),
     ):
         given = [filling(tokenizer, room, stage == "sft")] * 64
-        trainer = benchmark.ready(build(model, tokenizer, given, settings, work, replies=replies))
+        trainer = timing.ready(build(model, tokenizer, given, settings, work, replies=replies))
         took: list[float] = []
 
         def run(trainer=trainer, took=took, times=2 if stage == "sft" else 1):  # the first warms up
-            took += [benchmark.step(trainer) for _ in range(times)]
+            took += [timing.step(trainer) for _ in range(times)]
 
-        peak = benchmark.peak_of(run) / 1e9
+        peak = timing.peak_of(run) / 1e9
         planned = (plan[stage]["peak"] - plan[stage]["process"]) / 1e9  # torch counts no context
         reserved = torch.cuda.max_memory_reserved() / 1e9 if DEVICE == "cuda" else 0.0
         figure(f"{size} shape, preset {SHAPES[size]}, a step of {stage}", seconds=took[-1],
@@ -315,7 +327,7 @@ def test_shape05(figure, folder, tmp_path):
     took, model, tokenizer = steps_of("0.5B", folder, tmp_path, figure)
     asked = "--generations 8 --tokens 512 --rounds 2"
     given = benchmark.parser().parse_args(("--tokens 32 --rounds 1" if TINY else asked).split())
-    found = benchmark.step_ratios(model, tokenizer, 3, given)["one_pass"]
+    found = variants.step_ratios(model, tokenizer, 3, given)["one_pass"]
     figure("0.5B shape, step of 3 rewards in times of plain TRL's", **found)
     if DEVICE == "cuda":  # predicted: 8 to 11 s, 1.00 to 1.03
         assert took < 20 and max(found.values()) < 1.15, (took, found)
@@ -333,7 +345,7 @@ def test_export(figure, folder):
     away(model, 0.02)
     before, began = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0, gpu.now()
     found: list = []
-    peak = benchmark.peak_of(lambda: found.append(adapters.merge(model, torch.bfloat16)))
+    peak = timing.peak_of(lambda: found.append(adapters.merge(model, torch.bfloat16)))
     seconds = gpu.now() - began
     figure("7B shape, merge", seconds=seconds, on_the_card_gb=(peak - before) / 1e9)
     assert {p.device.type for p in found[0].parameters()} == {"cpu"}
@@ -385,12 +397,12 @@ def test_benchmark(figure, tmp_path, monkeypatch):
     from test_benchmark import SMALL as short
     from test_benchmark import STEPS
 
-    measured, some = benchmark.peak_apart, {"one_pass", "grpo/penalty/2"}
+    measured, some = timing.peak_apart, {"one_pass", "grpo/penalty/2"}
 
-    def of_one(args, options):
-        return measured(args, options) if some & {*options} else 0
+    def of_one(words, options):
+        return measured(words, options) if some & {*options} else 0
 
-    monkeypatch.setattr(benchmark, "peak_apart", of_one)
+    monkeypatch.setattr(timing, "peak_apart", of_one)
     out, device = tmp_path / "figures.json", ["--set", f"model.device={DEVICE}"]
     plain = ["--capabilities", "2", "--rank", "8", "--rounds", "3"]
     assert benchmark.main([*device, *(short if TINY else plain), "--out", str(out)]) == 0

@@ -73,7 +73,7 @@ def test_every_task_by_every_protocol(made, tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     for place in places:
         assert f"| {place.replace('/', ' | ')} |" in report
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"groups.png", "calibration.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"groups.png"}
     assert "Run it again" in report and "python -m bbkit.evaluate" in report
 
 
@@ -153,14 +153,14 @@ def test_log_likelihoods_are_those_of_lm_evals_own_task_on_the_same_file(made, t
             assert row["loglikelihoods"] == pytest.approx(theirs, abs=1e-4)
 
 
-def test_the_kits_prompt_is_the_one_that_is_trained_on(made, tmp_path):
-    assert run(tmp_path, "--tasks", "pubmedqa", "--protocols", "kit") == 0
-    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+def test_the_kits_prompt_is_the_one_that_is_trained_on_and_the_neutral_one_nobodys(made, tmp_path):
+    assert run(tmp_path, "--tasks", "pubmedqa", "--protocols", "kit,neutral") == 0
+    items = read_rows(tmp_path / "items.jsonl")
     _, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
-    for e, row in zip(MADE["pubmedqa"], items, strict=True):
-        text = tokenizer.apply_chat_template(
-            prompts.messages(e), add_generation_prompt=True, tokenize=False
-        )
+    plain = [[{"role": "user", "content": utils.neutral(utils._row(e))}] for e in MADE["pubmedqa"]]
+    asked = [*map(prompts.messages, MADE["pubmedqa"]), *plain]
+    for messages, row in zip(asked, items, strict=True):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert row["prompt"] == harness._digest(text.encode())
 
 
@@ -227,9 +227,8 @@ def test_the_task_files_are_found_by_name():
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_path=str(harness.FOLDER), include_defaults=False).all_tasks
-    wanted = {f"bbkit_{task}{end}" for task in harness.OWN for end in ("", "_neutral")}
-    assert set(known) == wanted | {"bbkit_ifeval"}
-    assert f"description: {prompts.SYSTEM}" in (harness.FOLDER / "medqa.yaml").read_text()
+    assert set(known) == {f"bbkit_{task}" for task in harness.CARDS}
+    assert f"description: {prompts.SYSTEM}" in (harness.FOLDER / "_chain_yaml").read_text()
 
 
 @pytest.mark.parametrize(

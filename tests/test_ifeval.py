@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bbkit import ifeval
 from bbkit.errors import CannotRun, InputError
-from bbkit.ifeval import final_answer, score_ifeval, shares
+from bbkit.ifeval import final_answer, score_ifeval
 
 pytest.importorskip("lm_eval", reason="IFEval needs pip install -e '.[eval]'")
 
@@ -117,14 +117,10 @@ def test_every_verdict_of_the_consensus(official, scored):
 
 def test_the_published_totals_where_all_checkers_agree(official, scored):
     agreed = {key for key, one in official[2].items() if None not in one["strict"]}
-    four = shares([score for score in scored if score["key"] in agreed])
-    counts = {"prompt": 538, "instruction": 828}
-    assert {name: value * counts[name.partition("_")[0]] for name, value in four.items()} == {
-        "prompt_strict": 415,
-        "instruction_strict": 693,
-        "prompt_loose": 429,
-        "instruction_loose": 709,
-    }
+    for rule, prompts, instructions in (("strict", 415, 693), ("loose", 429, 709)):
+        verdicts = [score[rule] for score in scored if score["key"] in agreed]
+        assert (len(verdicts), sum(map(all, verdicts))) == (538, prompts)
+        assert (sum(map(len, verdicts)), sum(map(sum, verdicts))) == (828, instructions)
 
 
 def test_runs_agree_whatever_the_state_of_random(official, scored):
@@ -381,20 +377,3 @@ def test_final_answer_reads_the_grammar():
         "<reasoning>a</reasoning>b",
     ):
         assert final_answer(raw) == raw
-
-
-def test_shares():
-    scores = [
-        {"strict": [True, True], "loose": [True, True]},
-        {"strict": [False], "loose": [True]},
-        {"strict": [True, False, False], "loose": [True, False, True]},
-    ]
-    four = {
-        "prompt_strict": 1 / 3,
-        "instruction_strict": 3 / 6,
-        "prompt_loose": 2 / 3,
-        "instruction_loose": 5 / 6,
-    }
-    assert shares(scores) == pytest.approx(four)
-    with pytest.raises(InputError, match="no scores"):
-        shares([])

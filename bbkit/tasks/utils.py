@@ -6,16 +6,17 @@ splits, which lm-eval 0.4.13 lacks. Rows come from the data cards, at their pins
 
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby, islice
 from typing import Any
 
-from bbkit import data, prompts, statistics
+from bbkit import data, prompts
 from bbkit.extraction import extract_choice
 from bbkit.ifeval import final_answer, score_ifeval
 from bbkit.prompts import Example
 
+LETTERS = "ABCDEFGHIJ"
 FIELDS = ("id", "question", "context", "options", "entity", "source")
 
 
@@ -39,14 +40,8 @@ def rows(
     if subjects:
         examples = [e for e in examples if e.entity in subjects]
     if limit:
-        places = Counter[str]()
-        kept = []
-        for e in examples:
-            group = e.entity if card == "mmlu_medical" else ""
-            places[group] += 1
-            if places[group] <= limit:
-                kept.append(e)
-        examples = kept
+        groups = groupby(examples, lambda e: e.entity if card == "mmlu_medical" else "")
+        examples = [e for _, some in groups for e in islice(some, limit)]
     if shuffle is not None:
         examples = [_shuffled(e, shuffle) for e in examples]
     return {"test": Dataset.from_list([_row(e) for e in examples])}
@@ -68,7 +63,7 @@ def _row(asked: Example) -> dict[str, Any]:
         return row | {"instruction_id_list": kinds, "kwargs": json.dumps(given)}
     options = list(asked.options)
     gold = options.index(asked.answer)
-    row |= {"options": options, "letter": "ABCDEFGHIJ"[gold]}
+    row |= {"options": options, "letter": LETTERS[gold]}
     row |= {"choices": options, "answer": gold}  # mmlu
     row |= {"sent1": asked.question, "label": gold}  # medqa_4options
     row |= {f"ending{i}": text for i, text in enumerate(options)}
@@ -103,22 +98,9 @@ def read_choice(doc: Mapping[str, Any], reply: str) -> str | None:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Measures of one reply: right, parsed, right where parsed, right by subject."""
+    """Measures of one reply: right, and read at all."""
     letter = read_choice(doc, results[0])
-    right = float(letter == doc["letter"])
-    measures = {"acc": right, "parsed": float(letter is not None)}
-    return measures | {"acc_parsed": (letter is not None, right), "macro": (doc["entity"], right)}
-
-
-def over_parsed(pairs: Sequence[tuple[bool, float]]) -> float:
-    """Accuracy of the replies from which a letter was read."""
-    given = [right for parsed, right in pairs if parsed]
-    return sum(given) / len(given) if given else float("nan")
-
-
-def macro(pairs: Sequence[tuple[str, float]]) -> float:
-    """Mean over the subjects of the accuracy in each."""
-    return statistics.macro(pairs)
+    return {"acc": float(letter == doc["letter"]), "parsed": float(letter is not None)}
 
 
 def score_instructions(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
