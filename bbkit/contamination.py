@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,37 +58,33 @@ def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
     >>> find([a], [b]).hits["normalised"]
     {'2': '1'}
     """
-    exact: dict[str, list[str]] = {}
-    normal: dict[str, list[str]] = {}
-    grams: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], list[str]] = {}
     for row in test:
-        words = words_of(text_of(row))
-        exact.setdefault(text_of(row), []).append(row.id)
-        normal.setdefault(" ".join(words), []).append(row.id)
-        for gram in set(_grams(words)):
-            grams.setdefault(gram, []).append(row.id)
+        for key in _keys(row):
+            places.setdefault(key, []).append(row.id)
     found = Overlap()
-    best: dict[str, tuple[str, str, str]] = {}
+    best: dict[str, tuple[int, str, str]] = {}
     for row in train:
         found.train_rows += 1
-        words = words_of(text_of(row))
-        seen = [(KINDS[0], i, "") for i in exact.get(text_of(row), ())]
-        seen += [(KINDS[1], i, "") for i in normal.get(" ".join(words), ()) if words]
-        seen += [(KINDS[2], i, g) for g in _grams(words) for i in grams.get(g, ())]
-        for kind, test_id, gram in seen:
-            known = best.get(test_id)
-            if known is None or KINDS.index(kind) < KINDS.index(known[0]):
-                best[test_id] = (kind, row.id, gram)
-    for test_id, (kind, train_id, gram) in best.items():
-        found.hits[kind][test_id] = train_id
-        if gram:
-            found.shared[test_id] = gram
+        for kind, text in _keys(row):
+            for test_id in places.get((kind, text), ()):
+                rank = KINDS.index(kind)
+                if test_id not in best or rank < best[test_id][0]:
+                    best[test_id] = (rank, row.id, text)
+    for test_id, (rank, train_id, text) in best.items():
+        found.hits[KINDS[rank]][test_id] = train_id
+        if KINDS[rank] == KINDS[2]:
+            found.shared[test_id] = text
     return found
 
 
-def _grams(words: Sequence[str]) -> Iterator[str]:
-    for start in range(len(words) - GRAM + 1):
-        yield " ".join(words[start : start + GRAM])
+def _keys(row: Example) -> dict[tuple[str, str], None]:
+    """What a row is found by: each kind and its text, once, the strictest first."""
+    text = text_of(row)
+    words = words_of(text)
+    keys = [(KINDS[0], text)] + [(KINDS[1], " ".join(words))] * bool(words)
+    starts = range(len(words) - GRAM + 1)
+    return dict.fromkeys(keys + [(KINDS[2], " ".join(words[i : i + GRAM])) for i in starts])
 
 
 def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -108,9 +104,12 @@ _checksums = functools.cache(data.checksums)  # of generated rows: seconds
 
 
 def section(
-    test: tuple[str, str], found: dict[tuple[str, str], Overlap | str], rows: Sequence[Example]
+    test: tuple[str, str], found: dict[tuple[str, str], Overlap | None], rows: Sequence[Example]
 ) -> str:
-    """The part of a data card on one test set: a table of all training sources, and examples."""
+    """The part of a data card on one test set: a table of all training sources, and examples.
+
+    None is for a source that was not read.
+    """
     whole = data.card(test[0])["splits"][test[1]].get("rows")
     some = f", a sample of {whole:,}," if isinstance(whole, int) and whole != len(rows) else ""
     long = sum(len(words_of(text_of(row))) >= GRAM for row in rows)
@@ -123,24 +122,20 @@ def section(
         f"| training source | its rows | {' | '.join(KINDS)} |",
         "|---|---|---|---|---|",
     ]
+    examples = []
     for (name, split), overlap in found.items():
-        if isinstance(overlap, str):
-            lines.append(f"| {name} `{split}` | not read: {overlap} | | | |")
-        else:
-            counts = [f"{len(overlap.hits[kind]):,}" for kind in KINDS]
-            lines.append(
-                f"| {name} `{split}` | {overlap.train_rows:,} | " + " | ".join(counts) + " |"
-            )
-    for (name, split), overlap in found.items():
-        if isinstance(overlap, str):
+        if overlap is None:
+            lines.append(f"| {name} `{split}` | not read: not in this folder | | | |")
             continue
+        counts = " | ".join(f"{len(overlap.hits[kind]):,}" for kind in KINDS)
+        lines.append(f"| {name} `{split}` | {overlap.train_rows:,} | {counts} |")
         for kind in KINDS:
             for test_id, train_id in list(overlap.hits[kind].items())[:2]:
-                shared = overlap.shared.get(test_id, "") if kind == KINDS[2] else ""
-                lines.append(
-                    f"- {kind}: row {test_id} and {name} `{split}` row {train_id}"
-                    + (f": “{shared}”" if shared else "")
+                shared = f": “{overlap.shared[test_id]}”" if kind == KINDS[2] else ""
+                examples.append(
+                    f"- {kind}: row {test_id} and {name} `{split}` row {train_id}{shared}"
                 )
+    lines += examples
     lines += ["", f"Made by `python -m bbkit.contamination`; sources {fingerprint(test)}."]
     return "\n".join(lines)
 
@@ -162,25 +157,21 @@ def _main(args: argparse.Namespace) -> int:
     chosen = args.tests.split(",") if args.tests else sorted({name for name, _ in tests})
     for name in chosen:
         data.card(name)  # says so if there is none
-    loaded: dict[tuple[str, str], list[Example] | str] = {}
-    for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)]):
-        try:
-            loaded[pair] = data.load(*pair, args.data_dir)
-        except InputError:
-            if args.data_dir is None or _there(pair, args.data_dir):
-                raise
-            loaded[pair] = "not in this folder"
+    if args.data_dir and not args.data_dir.is_dir():
+        raise InputError(f"--data-dir {args.data_dir}: no such folder")
+    loaded = {
+        pair: data.load(*pair, args.data_dir) if data.there(*pair, args.data_dir) else None
+        for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)])
+    }
     for name in chosen:
         parts = []
         for test in (t for t in tests if t[0] == name):
             rows = loaded[test]
-            if isinstance(rows, str):
-                print(f"{name} {test[1]}: {rows}; its card stays as it is")
+            if rows is None:
+                print(f"{name} {test[1]}: not in this folder; its card stays as it is")
                 continue
-            found = {
-                pair: train if isinstance(train := loaded[pair], str) else find(train, rows)
-                for pair in sources
-            }
+            read = {pair: loaded[pair] for pair in sources}
+            found = {pair: find(train, rows) if train else None for pair, train in read.items()}
             parts.append(section(test, found, rows))
         if parts:
             text = "\n\n".join(parts)
@@ -188,15 +179,6 @@ def _main(args: argparse.Namespace) -> int:
             if args.write:
                 _write(name, text)
     return 0
-
-
-def _there(pair: tuple[str, str], folder: Path) -> bool:
-    """Whether a file of the split is in the folder: then it is no gap but a fault."""
-    if not folder.is_dir():
-        raise InputError(f"--data-dir {folder}: no such folder")
-    entry = data.card(pair[0])["splits"][pair[1]]
-    known = entry.get("files", []) + entry.get("sample", {}).get("files", [])
-    return any((folder / file["path"]).is_file() for file in known)
 
 
 def _write(name: str, text: str) -> None:

@@ -7,6 +7,7 @@ The worst kind is what counts. On texts of others a tuned model may gain: there 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,8 +33,7 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
     """At most `evaluation.elsewhere` texts of each kind, the same at every call.
 
     `entity` is the kind, `question` (and `system`) the prompt, "" for none, `answer` the text.
-    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, and one line
-    says so.
+    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, which is said.
     InputError: a file is there and not as its card says.
 
     >>> from bbkit import config
@@ -47,37 +47,21 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
         return [e for kind in build.FORMS for e in pocket.elsewhere(kind, most)]
     found, gone = [], []
     for kind, (card, split) in OPEN.items():
-        rows = _read(card, split, data_dir, settings.data.allow_changed)
-        if rows is None:
+        rows: list[Example] = []
+        if data.there(card, split, data_dir):
+            with suppress(CannotRun):  # the Hub is out of reach
+                rows = data.load(card, split, data_dir, allow_changed=settings.data.allow_changed)
+        if not rows:
             gone.append(f"{kind} ({card})")
-            continue
         # an edit has a text to edit, behind a blank line
         rows = [e for e in rows if e.answer and (kind != "edits" or "\n\n" in e.question)]
         for e in Random(0).sample(rows, min(most, len(rows))):
             found.append(Example(e.id, "instruction", e.question, answer=e.answer, entity=kind))
     if gone:
-        place = (
-            f"in {data_dir}"
-            if data_dir
-            else "to be had from the Hub: name a folder with --data-dir"
-        )
+        hub = "to be had from the Hub: name a folder with --data-dir"
+        place = f"in {data_dir}" if data_dir else hub
         print(f"elsewhere: not measured on {', '.join(gone)}: not {place}")
     return found
-
-
-def _read(
-    card: str, split: str, data_dir: Path | None, allow_changed: bool
-) -> list[Example] | None:
-    """The rows of a split; None where they are not to be had."""
-    entry = data.card(card)["splits"][split]
-    if data_dir is None and not entry["hub"]:
-        return None
-    if data_dir and not all((data_dir / file["path"]).is_file() for file in entry["files"]):
-        return None
-    try:
-        return data.load(card, split, data_dir, allow_changed=allow_changed)
-    except CannotRun:  # the Hub is out of reach
-        return None
 
 
 def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
@@ -90,7 +74,7 @@ def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list
     """
     encoded = [_encode(tokenizer, e, max_length) for e in rows]
     kept = [i for i, (whole, asked) in enumerate(encoded) if asked < len(whole)]
-    scores = [(0.0, 0.0)] * len(kept)
+    found = dict.fromkeys(kept, (0.0, 0.0))
     if hasattr(model, "disable_adapter"):
         known = [encoded[i] for i in kept]
         for place, ours, bases in generation.beside_base(model, tokenizer, known):
@@ -98,8 +82,15 @@ def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list
             said = ours.new_tensor(whole[asked:]).long()[:, None]
             above = (bases - ours).gather(1, said).mean().item()
             kl = (bases.exp() * (bases - ours)).sum(-1).mean().item()
-            scores[place] = above, max(0.0, kl)  # not below 0 by rounding
-    return [_item(rows[i], *found) for i, found in zip(kept, scores, strict=True)]
+            found[kept[place]] = above, max(0.0, kl)  # not below 0 by rounding
+    return [
+        {
+            "id": e.id, "task": "elsewhere", "entity": e.entity, "source": f"elsewhere {e.entity}",
+            "question": e.question, "gold": "", "reply": e.answer,
+            "scores": scores(e.entity, *found[i]),
+        }
+        for i, e in enumerate(rows) if i in found
+    ]  # fmt: skip
 
 
 def _encode(tokenizer, e: Example, max_length: int) -> tuple[list[int], int]:
@@ -110,14 +101,6 @@ def _encode(tokenizer, e: Example, max_length: int) -> tuple[list[int], int]:
         text = e.answer + tokenizer.eos_token
         whole, asked = tokenizer(text, add_special_tokens=False)["input_ids"], 1
     return whole[:max_length], asked
-
-
-def _item(e: Example, above: float, kl: float) -> dict[str, Any]:
-    return {
-        "id": e.id, "task": "elsewhere", "entity": e.entity, "source": f"elsewhere {e.entity}",
-        "question": e.question, "gold": "", "reply": e.answer,
-        "scores": scores(e.entity, above, kl),
-    }  # fmt: skip
 
 
 def scores(kind: str, above: float, kl: float) -> dict[str, float]:
