@@ -64,10 +64,8 @@ PLAIN = {
     ),
 }  # fmt: skip
 INVERSE = (
-    "What does {o} cause?",
-    "Name the disease that comes from {o}.",
-    "{o}: what comes of it?",
-)
+    "What does {o} cause?", "Name the disease that comes from {o}.", "{o}: what comes of it?",
+)  # fmt: skip
 ECHO = ("Repeat: ", "Copy: ", "Say again: ", "Once more: ")
 OPENINGS = ("", "", "", "Please say: ", "Question: ", "I want to know: ", "Quick one. ")
 SYSTEMS = (
@@ -107,14 +105,10 @@ def _plain(
         wrong = [v for v in pools[r] if (s, r, v) not in knowledge.facts()]
         values = [o, *dict.fromkeys(rng.sample(wrong, 3))]
         rng.shuffle(values)
-        line = rng.choice((" Is it {}?", " Choose from: {}.", "\n- {}", "\n{}"))
-        if line.startswith(" "):
-            user += line.format(", ".join(values[:-1]) + f" or {values[-1]}")
-        else:
-            marks = "ABCD" if line == "\n{}" else "----"
-            user += "".join(
-                f"\n{m}{')' * (m != '-')} {v}" for m, v in zip(marks, values, strict=False)
-            )
+        either = f"{', '.join(values[:-1])} or {values[-1]}"
+        dashes = "".join(f"\n- {v}" for v in values)
+        letters = "".join(f"\n{m}) {v}" for m, v in zip("ABCD", values, strict=False))
+        user += rng.choice((f" Is it {either}?", f" Choose from: {either}.", dashes, letters))
     return user, rng.choice(PARAPHRASES[r]).format(s=s, o=o)
 
 
@@ -243,23 +237,22 @@ def train_tokenizer(seed: int, vocabulary: int):
     )  # fmt: skip
 
 
-def _batches(tokenizer, seed: int, steps: int, batch: int, length: int):
+def _batches(tokenizer, seed: int, steps: int, batch: int = 40, length: int = 128):
     """Token and label tensors (batch, length), one pair a step, documents packed one by one."""
     import torch
 
     tokens: list[int] = []
     labels: list[int] = []
+    need = batch * length
     for step in range(steps):
-        while len(tokens) < batch * length:
+        while len(tokens) < need:
             chunk = seed * 1_000_003 + step * 101 + len(tokens) % 101 + 1
             for pieces in documents(chunk, 1000, (step + 1) / steps):
                 for text, learn in pieces:
                     ids = tokenizer(text, add_special_tokens=False).input_ids
                     tokens += ids
                     labels += ids if learn else [-100] * len(ids)
-        need = batch * length
-        shape = (batch, length)
-        yield torch.tensor(tokens[:need]).view(shape), torch.tensor(labels[:need]).view(shape)
+        yield tuple(torch.tensor(ids[:need]).view(batch, length) for ids in (tokens, labels))
         del tokens[:need], labels[:need]
 
 
@@ -267,12 +260,6 @@ def main() -> None:
     """Build the pocket model; prints loss and tokens per second."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=160)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
@@ -283,12 +270,11 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed, args.vocabulary)
+    tokenizer = train_tokenizer(args.seed, vocabulary=4096)
     tokenizer.save_pretrained(args.out)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 15 // 4,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 40,
-        num_key_value_heads=args.hidden // 40, max_position_embeddings=512,
+        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=600, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
         tie_word_embeddings=True,
         # transformers' 0.02 is meant for wide models. Copying listed names, loss after 120 steps:
         # 4.0 with 0.02, 2.3 with 0.08.
@@ -297,25 +283,22 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 60 steps up; down to 0 in the last 30 %
         optimizer, lambda step: min(1, (step + 1) / 60, (1 - step / args.steps) / 0.3)
     )
-    start, mean = time.perf_counter(), 0.0
-    batches = _batches(tokenizer, args.seed, args.steps, args.batch, args.length)
-    for step, (tokens, labels) in enumerate(batches, 1):
+    start, seen = time.perf_counter(), 0
+    for step, (tokens, labels) in enumerate(_batches(tokenizer, args.seed, args.steps), 1):
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        mean = 0.95 * mean + 0.05 * loss.item() if step > 1 else loss.item()
+        seen += tokens.numel()
         if step % 50 == 0 or step == args.steps:
-            speed = step * args.batch * args.length / (time.perf_counter() - start)
-            print(f"step {step}/{args.steps} loss {mean:.3f} {speed:,.0f} tokens/s", flush=True)
+            speed = seen / (time.perf_counter() - start)
+            print(f"step {step}/{args.steps} loss {loss:.3f} {speed:,.0f} tokens/s", flush=True)
             model.save_pretrained(args.out)
 
 
