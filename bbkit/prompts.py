@@ -83,13 +83,9 @@ def encode(tokenizer, example: Example, reply: str) -> tuple[list[int], int]:
     In two parts, as a model meets them: together, a newline that opens the reply could join the
     prompt's last token.
     """
-    prompt = tokenizer.apply_chat_template(
-        messages(example), add_generation_prompt=True, tokenize=False
-    )
-    asked, said = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (prompt, reply + tokenizer.eos_token)
-    )
+    turns, end = messages(example), tokenizer.eos_token
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    asked, said = tokenizer([prompt, reply + end], add_special_tokens=False)["input_ids"]
     return asked + said, len(asked)
 
 
