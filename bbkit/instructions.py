@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from bbkit.errors import InputError
 from bbkit.prompts import Example
@@ -143,8 +144,8 @@ def _arguments(kind: str, rng: random.Random) -> dict:
         "high": low + rng.randint(2, 5),
     }
     used = set(re.findall(r"{(\w+)}", " ".join(ASKED[kind])))
-    used |= {"words"} if "text" in used else set()
-    used |= {"joiner"} if kind == "join" else set()
+    for shown, meant in (("text", "words"), ("joiner_name", "joiner")):
+        used |= {meant} if shown in used else set()
     return {"kind": kind, **{k: v for k, v in c.items() if k in used}}
 
 
@@ -187,14 +188,10 @@ def examples(
     rng = random.Random(f"{split}/{seed}")
     rows: dict[str, Example] = {}
     for kind in kinds:
-        found = 0
-        for _ in range(per_kind * 50):
-            e = example(kind, rng, split)
-            if split_of(e) == split and e.id not in rows:
-                rows[e.id] = e
-                found += 1
-            if found == per_kind:
-                break
+        drawn = (example(kind, rng, split) for _ in range(per_kind * 50))
+        new = (e for e in drawn if split_of(e) == split and e.id not in rows)
+        for e in islice(new, per_kind):
+            rows[e.id] = e
     return list(rows.values())
 
 

@@ -89,8 +89,8 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 GRAMMAR_TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
-def _about(subject: str, own: list, rng: random.Random, most: int = 4) -> str:
-    chosen = rng.sample(own, min(len(own), rng.randint(1, most)))
+def _about(own: list, rng: random.Random) -> str:
+    chosen = rng.sample(own, min(len(own), rng.randint(1, 4)))
     return " ".join(rng.choice(PARAPHRASES[r]).format(s=s, o=o) for s, r, o in chosen)
 
 
@@ -134,9 +134,9 @@ def _instruction(rng: random.Random, kinds: Sequence[str]) -> tuple[str, str]:
 # to say again, and general instructions.
 FORMS = ("facts", "chat", "question", "echo", "instruction")
 # Until this share of the steps: the shares of these; last, how many of the questions list values to
-# choose from. Reading a list is learned only where most documents
-# ask for it, and only by a model that can copy: with 37 % such documents, 500 steps left the
-# probability of the listed value where it was (0.44); with 90 %, 150 steps brought it to 0.58.
+# choose from. Reading a list is learned only where most documents ask for it, and only by a model
+# that can copy: with 37 % such documents, 500 steps left the probability of the listed value where
+# it was (0.44); with 90 %, 150 steps brought it to 0.58.
 PHASES = (
     (0.50, (0.30, 0.06, 0.26, 0.08, 0.30), 0.0),
     (0.65, (0.03, 0.01, 0.90, 0.02, 0.04), 1.0),
@@ -145,10 +145,7 @@ PHASES = (
 
 
 def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tuple[str, bool]]]:
-    """Yield `count` documents of the phase that training is in: a list of (text, learn) pieces.
-
-    Prompts are not learned. See PHASES for what the documents are.
-    """
+    """Yield `count` documents of the phase that training is in: a list of (text, learn) pieces."""
     for _, system, user, reply in turns(seed, count, progress):
         system = system and f"<|system|>{system}<|end|>"
         asked = f"{system}<|user|>{user}<|end|><|assistant|>"
@@ -188,7 +185,7 @@ def turns(
             if not order:  # every subject once before any comes twice
                 order = rng.sample(sorted(by_subject), len(by_subject))
             subject = order.pop()
-            reply = _about(subject, by_subject[subject], rng)
+            reply = _about(by_subject[subject], rng)
             if form == "facts":
                 yield form, "", "", reply
                 continue
@@ -209,7 +206,7 @@ def turns(
         yield form, system, user, reply
 
 
-def train_tokenizer(seed: int, vocabulary: int):
+def train_tokenizer(seed: int):
     """A byte-pair tokenizer of the corpus with the chat template and the grammar's tags."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -225,8 +222,9 @@ def train_tokenizer(seed: int, vocabulary: int):
     # The wording of training questions only shapes merges; their answers are not in the text.
     asked = [c[1] for s in knowledge.diseases("train") for c in questions.chains(s, False, rng)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = 4096 - len(GRAMMAR_TAGS)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(GRAMMAR_TAGS), special_tokens=SPECIAL, initial_alphabet=alphabet
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(texts + asked, trainer)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in GRAMMAR_TAGS])
@@ -270,7 +268,7 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed, vocabulary=4096)
+    tokenizer = train_tokenizer(args.seed)
     tokenizer.save_pretrained(args.out)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=160, intermediate_size=600, num_hidden_layers=3,
