@@ -146,51 +146,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bbkit.contamination", description="Training sources against test sets."
     )
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train; else the Hub")
-    p.add_argument("--tests", metavar="CARD,…", help="only these test sets (default: all)")
     p.add_argument("--write", action="store_true", help="put the tables into the data cards")
     args = p.parse_args(argv)
-    return exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args.data_dir, args.write))
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(folder: Path | None, write: bool) -> int:
+    if folder and not folder.is_dir():
+        raise InputError(f"--data-dir {folder}: no such folder")
     sources, tests = pairs()
-    chosen = args.tests.split(",") if args.tests else sorted({name for name, _ in tests})
-    for name in chosen:
-        data.card(name)  # says so if there is none
-    if args.data_dir and not args.data_dir.is_dir():
-        raise InputError(f"--data-dir {args.data_dir}: no such folder")
     loaded = {
-        pair: data.load(*pair, args.data_dir) if data.there(*pair, args.data_dir) else None
-        for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)])
+        pair: data.load(*pair, folder) if data.there(*pair, folder) else None
+        for pair in [*sources, *tests]
     }
-    for name in chosen:
-        parts = []
-        for test in (t for t in tests if t[0] == name):
-            rows = loaded[test]
-            if rows is None:
-                print(f"{name} {test[1]}: not in this folder; its card stays as it is")
-                continue
-            read = {pair: loaded[pair] for pair in sources}
-            found = {pair: find(train, rows) if train else None for pair, train in read.items()}
-            parts.append(section(test, found, rows))
-        if parts:
-            text = "\n\n".join(parts)
-            print(f"\n## {name}\n\n{text}")
-            if args.write:
-                _write(name, text)
+    parts: dict[str, list[str]] = {}
+    for name, split in tests:
+        rows = loaded[name, split]
+        if rows is None:
+            print(f"{name} {split}: not in this folder; its card stays as it is")
+            continue
+        read = {pair: loaded[pair] for pair in sources}
+        found = {pair: find(train, rows) if train else None for pair, train in read.items()}
+        parts.setdefault(name, []).append(section((name, split), found, rows))
+    for name, told in parts.items():
+        text = "\n\n".join(told)
+        print(f"\n## {name}\n\n{text}")
+        if write:
+            path = data.path_of(name)
+            before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+            block = f"{BEGIN}\n## Contamination\n\n{text}\n{END}\n"
+            after = rest.partition(END)[2].lstrip("\n")
+            files.write_bytes(path, f"{before.rstrip()}\n\n{block}{after}".encode())
     return 0
-
-
-def _write(name: str, text: str) -> None:
-    path = data.path_of(name)
-    card = path.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n## Contamination\n\n{text}\n{END}\n"
-    if BEGIN in card:
-        before, _, rest = card.partition(BEGIN)
-        card = before + block + rest.partition(END)[2].lstrip("\n")
-    else:
-        card = f"{card.rstrip()}\n\n{block}"
-    files.write_bytes(path, card.encode())
 
 
 if __name__ == "__main__":
