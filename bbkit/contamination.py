@@ -22,7 +22,6 @@ from bbkit.prompts import Example
 GRAM = 13  # words, as in GPT-3's report (arXiv 2005.14165, appendix C)
 KINDS = ("exact", "normalised", f"{GRAM}-gram")
 BEGIN, END = "<!-- contamination: begin -->", "<!-- contamination: end -->"
-WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass
@@ -34,18 +33,13 @@ class Overlap:
     shared: dict[str, str] = field(default_factory=dict)  # test id -> the words they share
 
 
-def text_of(example: Example) -> str:
-    """What a test taker reads before the options: context and question."""
-    return f"{example.context} {example.question}".strip()
-
-
 def words_of(text: str) -> list[str]:
     """Words in lower case, without punctuation.
 
     >>> words_of("A 35-year-old man, who…")
     ['a', '35', 'year', 'old', 'man', 'who']
     """
-    return WORD.findall(text.casefold())
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
@@ -63,24 +57,23 @@ def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
         for key in _keys(row):
             places.setdefault(key, []).append(row.id)
     found = Overlap()
-    best: dict[str, tuple[int, str, str]] = {}
+    best: dict[str, tuple[str, str, str]] = {}
     for row in train:
         found.train_rows += 1
         for kind, text in _keys(row):
             for test_id in places.get((kind, text), ()):
-                rank = KINDS.index(kind)
-                if test_id not in best or rank < best[test_id][0]:
-                    best[test_id] = (rank, row.id, text)
-    for test_id, (rank, train_id, text) in best.items():
-        found.hits[KINDS[rank]][test_id] = train_id
-        if KINDS[rank] == KINDS[2]:
+                if test_id not in best or KINDS.index(kind) < KINDS.index(best[test_id][0]):
+                    best[test_id] = (kind, row.id, text)
+    for test_id, (kind, train_id, text) in best.items():
+        found.hits[kind][test_id] = train_id
+        if kind == KINDS[2]:
             found.shared[test_id] = text
     return found
 
 
 def _keys(row: Example) -> dict[tuple[str, str], None]:
     """What a row is found by: each kind and its text, once, the strictest first."""
-    text = text_of(row)
+    text = f"{row.context} {row.question}".strip()  # what is read before the options
     words = words_of(text)
     keys = [(KINDS[0], text)] + [(KINDS[1], " ".join(words))] * bool(words)
     starts = range(len(words) - GRAM + 1)
@@ -112,7 +105,7 @@ def section(
     """
     whole = data.card(test[0])["splits"][test[1]].get("rows")
     some = f", a sample of {whole:,}," if isinstance(whole, int) and whole != len(rows) else ""
-    long = sum(len(words_of(text_of(row))) >= GRAM for row in rows)
+    long = sum(any(kind == KINDS[2] for kind, _ in _keys(row)) for row in rows)
     lines = [
         f"Of the {len(rows):,} rows of `{test[1]}`{some} so many stand in training sources as they",
         f"are, but for case and punctuation, or with {GRAM} words in a row in common ({long:,}",

@@ -1,9 +1,8 @@
 """Data cards, and the rows behind them as one Example type.
 
 A card (data_cards/<name>.md) states a data set's files with checksums, its Hub copy at a pinned
-revision, the role of each split and the licence. `load` reads the files from a folder, or the Hub
-copy, and refuses what is not as the card says. The paper names no data set beyond "BIOMED-MMLU":
-which sets stand for which of its claims is our choice, and each card says so.
+revision, the role of each split and the licence; what is not as it says is refused. The paper names
+no data set beyond "BIOMED-MMLU": which stands for which of its claims is our choice.
 """
 
 import difflib

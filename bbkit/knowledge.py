@@ -1,8 +1,8 @@
 """The fact table of the Disease Ontology, facts as sentences, and the split by disease.
 
-What the kit's questions are made from and their chains are checked against (see `questions`): the
-paper names "ontology validation" without saying how. A sentence of a chain is true here when the
-shipped table, derived from the ontology (CC0), states it.
+What the kit's questions are made from and their chains are checked against: the paper names
+"ontology validation" without saying how. A sentence of a chain is true here when the shipped table,
+derived from the ontology (CC0), states it.
 """
 
 import hashlib
@@ -110,19 +110,13 @@ def diseases(split: str) -> list[str]:
     if split not in SPLITS:
         raise InputError(f"ontology: no split {split!r}; use one of {', '.join(SPLITS)}")
     group = {s: s for s, r, _ in sorted(facts()) if r != "kind"}
-
-    def root(s: str) -> str:
-        while group[s] != s:
-            s = group[s]
-        return s
-
     for (relation, _), members in having().items():
-        for other in members[1:] if relation == "cause" else ():
-            a, b = sorted((root(members[0]), root(other)))
-            group[b] = a
+        if relation == "cause" and len(members) > 1:
+            joined = {group[s] for s in members}
+            group = {s: min(joined) if g in joined else g for s, g in group.items()}
 
     def drawn(s: str) -> str:
-        share = int(hashlib.sha256(root(s).encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+        share = int(hashlib.sha256(group[s].encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
         return "train" if share < 0.60 else "validation" if share < 0.75 else "test"
 
     return [s for s in sorted(group) if drawn(s) == split]

@@ -1,8 +1,8 @@
 """The layouts of upstream files and Hub copies: bytes to rows, a row to the fields of an Example.
 
-One short function a data set; `fields` checks what it gives. bbkit.data alone uses this module, and
-says where a malformed row stands. Traps are handled where they arise: MedMCQA counts its answers
-from 1 in the files and from 0 on the Hub, the Hub copy of IFEval is padded with nulls.
+One short function a data set; `fields` checks what it gives, bbkit.data says where a malformed row
+stands. Traps are handled where they arise: MedMCQA counts its answers from 1 in the files and from
+0 on the Hub, the Hub copy of IFEval is padded with nulls.
 """
 
 import csv

@@ -2,9 +2,8 @@
 
 `python -m bbkit.pocket.build` makes the corpus by seed, trains a byte-pair tokenizer and a small
 Llama on it, and writes safetensors. As a base it knows the ontology's facts as sentences and
-follows the kit's checkable instructions; it has never seen a question in the kit's grammar. So
-fine-tuning on questions alone costs instruction following: the alignment tax, small enough to watch
-on a CPU.
+follows checkable instructions, but has never seen a question in the kit's grammar: fine-tuning on
+questions alone costs instruction following, an alignment tax small enough to watch on a CPU.
 """
 
 import argparse
