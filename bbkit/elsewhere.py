@@ -1,8 +1,8 @@
 """Loss and KL to the base on text that neither rewards nor retention look at, kind by kind.
 
-Serves the claim of no alignment tax: what is kept is what is asked for and a little beyond, so that
-instruction following at the base's level is not yet no tax. The paper measures nothing of the sort.
-The worst kind is what counts. On texts of others a tuned model may gain: there the KL tells more.
+Serves the claim of no alignment tax: instruction following at the base's level is not yet no tax.
+The paper measures nothing of the sort. The worst kind is what counts. On texts of others a tuned
+model may gain: there the KL tells more.
 """
 
 import re
@@ -67,10 +67,9 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
 def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
     """An item row for each text: its loss above the base's, and KL(base ‖ model), nats a token.
 
-    Means over the tokens of the text and its end, cut to `max_length` with the prompt; KL is exact
-    over the vocabulary. `model` is a PEFT model, its adapter turned off for the base's part; for a
-    model without adapter, the base itself, all is 0. Texts that the cut leaves nothing of are
-    left out.
+    Means over the tokens of the text and its end, cut to `max_length` with the prompt, which leaves
+    some texts out; KL is exact over the vocabulary. `model` is a PEFT model, its adapter turned off
+    for the base's part; for a model without adapter, the base itself, all is 0.
     """
     encoded = [_encode(tokenizer, e, max_length) for e in rows]
     kept = [i for i, (whole, asked) in enumerate(encoded) if asked < len(whole)]
@@ -114,8 +113,9 @@ def scores(kind: str, above: float, kl: float) -> dict[str, float]:
 
 def names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The measures of each kind that item rows hold, in their order."""
-    told = (row["scores"] for row in rows if row["task"] == "elsewhere")
-    return list(dict.fromkeys(name for found in told for name in found))
+    return list(
+        dict.fromkeys(n for row in rows if row["task"] == "elsewhere" for n in row["scores"])
+    )
 
 
 def by_kind(known: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -146,9 +146,8 @@ def parse_reasoning(text: str) -> str | None:
 def parse_answer(text: str, choices: Mapping[str, str] | Sequence[str] | None = None) -> str | None:
     """The answer in the one anchored tag; None when absent, empty or ambiguous.
 
-    `choices`: letter -> option text (returns a letter), letters such as "ABCD" (returns one), or
-    option texts (returns one; its letter names it too). Read are "B", "(B)", "B.", an option's
-    text, and "B) text" where the two agree.
+    `choices`: letter -> option text or letters such as "ABCD" (returns a letter), or option texts
+    (returns one). Read are "B", "(B)", "B.", an option's text, and "B) text" where the two agree.
 
     >>> parse_answer("<answer>(b)</answer>", {"A": "virus", "B": "worm"})
     'B'

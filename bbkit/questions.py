@@ -1,9 +1,8 @@
 """Knowledge-grounded questions with a checkable chain: the paper's MKGSG, our reading.
 
-Facts of the Disease Ontology become questions of one and two hops whose gold chain a program can
-verify: multiple choice with sibling distractors, short answer, and a clinical form (finding ->
-cause -> disease). A question with two right answers, or one that its wording gives away, is not
-generated. Splits are by disease.
+Facts of the Disease Ontology become questions of one and two hops: multiple choice with sibling
+distractors, short answer, and a clinical form (finding -> cause -> disease). A question with two
+right answers, or one that its wording gives away, is not generated. Splits are by disease.
 """
 
 import hashlib
@@ -114,13 +113,6 @@ def _pool(relation: str, rng: random.Random) -> list[str]:
     return sorted(_counts(relation), key=lambda o: -(rng.random() ** (1 / _counts(relation)[o])))
 
 
-def _siblings(relation: str, subject: str, rng: random.Random) -> list[str]:
-    """All objects of a relation; first those of diseases that share another fact with this one."""
-    own = [(r, o) for r, os in index()[subject].items() for o in os if r != relation]
-    near = {o for pair in own for kin in having()[pair] for o in index()[kin].get(relation, ())}
-    return sorted(_pool(relation, rng), key=lambda o: o not in near)
-
-
 def chains(disease: str, short: bool, rng: random.Random) -> list[tuple[str, str, str, list[Fact]]]:
     """(form, question, gold, chain) of every question that the facts allow."""
     own = index()[disease]
@@ -167,7 +159,11 @@ def _example(
         # The ontology has "lujo" and "Lujo hemorrhagic fever" as two terms: what is true of either.
         same = [s for s in index() if s.casefold() == disease.casefold()]
         right = [o for s in same for o in index()[s].get(relation, ())]
-        pool = _siblings(relation, disease, rng)
+        # Siblings first: what diseases have that share another fact with this one.
+        own = [(r, o) for r, os in index()[disease].items() for o in os if r != relation]
+        kin = {other for pair in own for other in having()[pair]}
+        near = {o for other in kin for o in index()[other].get(relation, ())}
+        pool = sorted(_pool(relation, rng), key=lambda o: o not in near)
     options = () if short else _options(gold, right, pool, question, often, rng)
     if options is None:
         return None

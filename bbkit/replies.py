@@ -1,9 +1,9 @@
 """The base model's own replies to broad prompts: given, answered here, or asked by the base itself.
 
-Serves the claim of no alignment tax: a step that keeps these replies as they are keeps what the
-rewards do not measure. Where there are no prompts the base writes them: self-dialogue (SA-SFT,
-arXiv 2602.20162), there mixed into the data as rows, here text along which to compare with the
-base. Works on any causal model of transformers, with or without an adapter of PEFT, which is off.
+Serves the claim of no alignment tax: a step that keeps these replies keeps what the rewards do not
+measure. Where there are no prompts the base writes them: self-dialogue (SA-SFT, arXiv 2602.20162),
+there mixed into the data as rows, here text along which to compare with the base. Works on any
+causal model of transformers, with or without an adapter of PEFT, which is off.
 """
 
 import json
@@ -92,13 +92,14 @@ def from_rows(
     kinds = [str(row.get("kind", "")) for row in given]
     places = range(len(given)) if count is None else spread(kinds, count, seed)
     found = Rows([given[i]["prompt"] for i in places], [kinds[i] for i in places], [])
-    ends = _ends(tokenizer) if any(whole) else []
-    for place in places if any(whole) else ():
-        shown, ids, rest = _shown(tokenizer, given[place], place + 1)
-        new = tokenizer(rest, add_special_tokens=False)["input_ids"]
-        last = max((n for n, token in enumerate(new, 1) if token in ends), default=len(new))
-        new = new[:last]  # without what a template puts between turns
-        found.replies.append(Reply(kinds[place], shown, _text(tokenizer, new, ends), ids, new))
+    if any(whole):
+        ends = _ends(tokenizer)
+        for i in places:
+            shown, ids, rest = _shown(tokenizer, given[i], i + 1)
+            new = tokenizer(rest, add_special_tokens=False)["input_ids"]
+            last = max((n for n, token in enumerate(new, 1) if token in ends), default=len(new))
+            new = new[:last]  # without what a template puts between turns
+            found.replies.append(Reply(kinds[i], shown, _text(tokenizer, new, ends), ids, new))
     return found
 
 
@@ -144,8 +145,8 @@ def own_turns(
     """User turns that the base writes behind its template's opening: one list of messages each.
 
     `count` are sampled at temperature 1; those that do not end, repeat one, are empty or stand in
-    `held_out` are dropped, and `say` gets the numbers. Follows from seed and batch. Raises
-    InputError where there is no template, no opening, or hardly a turn.
+    `held_out` are dropped, and `say` gets the numbers. Follows from seed and batch; the global
+    random state stays. Raises InputError where no turn opens, or hardly one is written.
 
     >>> from bbkit import config, models
     >>> pocket = models.load(config.load("pocket").model, say=lambda line: None)
@@ -243,9 +244,8 @@ def _shown(tokenizer, row: dict[str, Any], number: int) -> tuple[str, list[int],
         try:
             shown = apply_chat_template({k: v for k, v in row.items() if k != "kind"}, tokenizer)
         except Exception as error:  # templates raise what they like
-            raise InputError(
-                f"replies row {number}: no chat text of it ({one_line(error)})"
-            ) from error
+            why = f"no chat text of it ({one_line(error)})"
+            raise InputError(f"replies row {number}: {why}") from error
         prompt, rest = shown["prompt"], shown.get("completion", "")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     begin = tokenizer("")["input_ids"][:1]  # templates write it themselves, and texts may
