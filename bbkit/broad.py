@@ -25,20 +25,18 @@ def of_run(
     where one is not of a split to train on, or is among `held_out`, the texts of the evaluation.
     """
     if processes.is_first() and not path.is_file():
-        section = settings.retention
+        section, seed = settings.retention, settings.run.seed
         tests = [t for e in held_out for t in (e.question, prompts.messages(e)[-1]["content"]) if t]
         rows: list[dict] = []
         for name in section.prompts:
             if name == "self":
-                own = replies.own_turns(
-                    model, tokenizer, section.replies, settings.run.seed, held_out=tests
-                )
+                own = replies.own_turns(model, tokenizer, section.replies, seed, held_out=tests)
                 rows += [{"prompt": turns, "kind": "self"} for turns in own]
             elif name.endswith(".jsonl"):
                 rows += _of_file(Path(name))
             else:
                 rows += _of_card(name, settings, data_dir, {layouts.normal(text) for text in tests})
-        given = replies.from_rows(tokenizer, rows, section.replies, settings.run.seed)
+        given = replies.from_rows(tokenizer, rows, section.replies, seed)
         replies.refuse_held_out(given.prompts, tests)
         made = given.replies or replies.answered(
             model, tokenizer, given.prompts, section.max_new_tokens,

@@ -80,14 +80,11 @@ def role(card_name: str, split: str) -> str:
     return _split(card_name, split)["role"]
 
 
-def _pin(source: dict, revision: str | None) -> str | None:
-    """The revision of a Hub source; that of the ids of a test half is the card's alone."""
-    return source["revision"] if "ids" in source else revision or source["revision"]
-
-
 def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[str, Any]]:
     """Rows of a Hub data set, or of one file at a git commit, through `datasets`."""
-    call = {k: v for k, v in source.items() if k != "ids"} | {"revision": _pin(source, revision)}
+    call = {k: v for k, v in source.items() if k != "ids"}
+    if revision and "ids" not in source:
+        call["revision"] = revision
     if call["revision"] is None:
         log.warning("%s: unpinned, the newest revision of %s is used", card_name, call["path"])
     what = " ".join(filter(None, (call["path"], call.get("name"))))
@@ -223,9 +220,7 @@ def load(
     return [replace(e, split=split) for e in examples]
 
 
-def checksums(
-    card_name: str, split: str, data_dir: str | Path | None = None, revision: str | None = None
-) -> dict[str, str]:
+def checksums(card_name: str, split: str, data_dir: str | Path | None = None) -> dict[str, str]:
     """What `load` reads, for a run's manifest: sha256 by file, or revision by Hub source.
 
     A generated split has the sha256 of its rows at seed 0.
@@ -237,12 +232,10 @@ def checksums(
         rows = repr(load(card_name, split))
         return {f"{card_name}/{split}": hashlib.sha256(rows.encode()).hexdigest()}
     if data_dir is None:
-        read = {}
-        for source in _split(card_name, split)["hub"]:
-            pin = _pin(source, revision)
-            name = source.get("data_files", source["path"]).format(revision=pin or "HEAD")
-            read[name] = pin or "unpinned"
-        return read
+        pins = {
+            s.get("data_files", s["path"]): s["revision"] for s in _split(card_name, split)["hub"]
+        }
+        return {s.format(revision=pin or "HEAD"): pin or "unpinned" for s, pin in pins.items()}
     files = [file["path"] for file in _chosen(card_name, split, data_dir)["files"]]
     return {f: hashlib.sha256((Path(data_dir) / f).read_bytes()).hexdigest() for f in files}
 
