@@ -8,6 +8,7 @@ questions alone costs instruction following, an alignment tax small enough to wa
 
 import argparse
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -129,8 +130,7 @@ def _instruction(rng: random.Random, kinds: Sequence[str]) -> tuple[str, str]:
     return user, reply
 
 
-# Fact sentences, chat about a disease, plain questions about diseases of the training split, names
-# to say again, and general instructions.
+# Sentences of facts, chat, plain questions about training diseases, names to repeat, instructions.
 FORMS = ("facts", "chat", "question", "echo", "instruction")
 # Until this share of the steps: the shares of these; last, how many of the questions list values to
 # choose from. Reading a list is learned only where most documents ask for it, and only by a model
@@ -147,9 +147,8 @@ def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tup
     """Yield `count` documents of the phase that training is in: a list of (text, learn) pieces."""
     for _, system, user, reply in turns(seed, count, progress):
         system = system and f"<|system|>{system}<|end|>"
-        asked = f"{system}<|user|>{user}<|end|><|assistant|>"
-        learned = [(f"{reply}<|end|>", True)]
-        yield [(asked, False), *learned] if user else learned
+        asked = [(f"{system}<|user|>{user}<|end|><|assistant|>", False)] if user else []
+        yield [*asked, (f"{reply}<|end|>", True)]
 
 
 def turns(
@@ -261,8 +260,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
 
-    import time
-
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -294,8 +291,8 @@ def main() -> None:
         optimizer.zero_grad()
         seen += tokens.numel()
         if step % 50 == 0 or step == args.steps:
-            speed = seen / (time.perf_counter() - start)
-            print(f"step {step}/{args.steps} loss {loss:.3f} {speed:,.0f} tokens/s", flush=True)
+            pace = f"{seen / (time.perf_counter() - start):,.0f} tokens/s"
+            print(f"step {step}/{args.steps} loss {loss:.3f} {pace}", flush=True)
             model.save_pretrained(args.out)
 
 
