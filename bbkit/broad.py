@@ -25,20 +25,18 @@ def of_run(
     where one is not of a split to train on, or is among `held_out`, the texts of the evaluation.
     """
     if processes.is_first() and not path.is_file():
-        section = settings.retention
+        section, seed = settings.retention, settings.run.seed
         tests = [t for e in held_out for t in (e.question, prompts.messages(e)[-1]["content"]) if t]
         rows: list[dict] = []
         for name in section.prompts:
             if name == "self":
-                own = replies.own_turns(
-                    model, tokenizer, section.replies, settings.run.seed, held_out=tests
-                )
+                own = replies.own_turns(model, tokenizer, section.replies, seed, held_out=tests)
                 rows += [{"prompt": turns, "kind": "self"} for turns in own]
             elif name.endswith(".jsonl"):
                 rows += _of_file(Path(name))
             else:
                 rows += _of_card(name, settings, data_dir, {layouts.normal(text) for text in tests})
-        given = replies.from_rows(tokenizer, rows, section.replies, settings.run.seed)
+        given = replies.from_rows(tokenizer, rows, section.replies, seed)
         replies.refuse_held_out(given.prompts, tests)
         made = given.replies or replies.answered(
             model, tokenizer, given.prompts, section.max_new_tokens,
@@ -69,17 +67,16 @@ def _of_card(name: str, settings: Settings, data_dir: Path | None, tests: set[st
     split = part if part in data.card(card)["splits"] else "train"
     if data.role(card, split) != "train":
         raise InputError(f"retention.prompts {name}: not a split to train on; its card says why")
-    given = data.load(
-        card, split, data_dir, allow_changed=settings.data.allow_changed, seed=settings.run.seed
-    )
-    by_kind: dict[str, list[dict]] = {}
-    for e in given:
+    rows: list[dict] = []
+    changed = settings.data.allow_changed
+    for e in data.load(card, split, data_dir, allow_changed=changed, seed=settings.run.seed):
         unseen = any(c["kind"] in instructions.UNSEEN for c in e.constraints)
         if not unseen and layouts.normal(e.question) not in tests:
             kind = e.entity if card in data.GENERATED and e.task == "instruction" else card
-            by_kind.setdefault(kind, []).append({"prompt": prompts.messages(e), "kind": kind})
+            rows.append({"prompt": prompts.messages(e), "kind": kind})
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     if part and split != part:
-        if part not in by_kind:
-            raise InputError(f"retention.prompts {name}: no kind {part}; of {', '.join(by_kind)}")
-        by_kind = {part: by_kind[part]}
-    return [row for rows in by_kind.values() for row in rows]
+        if part not in kinds:
+            raise InputError(f"retention.prompts {name}: no kind {part}; of {', '.join(kinds)}")
+        kinds = [part]
+    return [row for kind in kinds for row in rows if row["kind"] == kind]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from bbkit.prompts import Example
 GRAM = 13  # words, as in GPT-3's report (arXiv 2005.14165, appendix C)
 KINDS = ("exact", "normalised", f"{GRAM}-gram")
 BEGIN, END = "<!-- contamination: begin -->", "<!-- contamination: end -->"
-WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass
@@ -34,18 +33,13 @@ class Overlap:
     shared: dict[str, str] = field(default_factory=dict)  # test id -> the words they share
 
 
-def text_of(example: Example) -> str:
-    """What a test taker reads before the options: context and question."""
-    return f"{example.context} {example.question}".strip()
-
-
 def words_of(text: str) -> list[str]:
     """Words in lower case, without punctuation.
 
     >>> words_of("A 35-year-old man, who…")
     ['a', '35', 'year', 'old', 'man', 'who']
     """
-    return WORD.findall(text.casefold())
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
@@ -58,37 +52,32 @@ def find(train: Iterable[Example], test: Sequence[Example]) -> Overlap:
     >>> find([a], [b]).hits["normalised"]
     {'2': '1'}
     """
-    exact: dict[str, list[str]] = {}
-    normal: dict[str, list[str]] = {}
-    grams: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], list[str]] = {}
     for row in test:
-        words = words_of(text_of(row))
-        exact.setdefault(text_of(row), []).append(row.id)
-        normal.setdefault(" ".join(words), []).append(row.id)
-        for gram in set(_grams(words)):
-            grams.setdefault(gram, []).append(row.id)
+        for key in _keys(row):
+            places.setdefault(key, []).append(row.id)
     found = Overlap()
     best: dict[str, tuple[str, str, str]] = {}
     for row in train:
         found.train_rows += 1
-        words = words_of(text_of(row))
-        seen = [(KINDS[0], i, "") for i in exact.get(text_of(row), ())]
-        seen += [(KINDS[1], i, "") for i in normal.get(" ".join(words), ()) if words]
-        seen += [(KINDS[2], i, g) for g in _grams(words) for i in grams.get(g, ())]
-        for kind, test_id, gram in seen:
-            known = best.get(test_id)
-            if known is None or KINDS.index(kind) < KINDS.index(known[0]):
-                best[test_id] = (kind, row.id, gram)
-    for test_id, (kind, train_id, gram) in best.items():
+        for kind, text in _keys(row):
+            for test_id in places.get((kind, text), ()):
+                if test_id not in best or KINDS.index(kind) < KINDS.index(best[test_id][0]):
+                    best[test_id] = (kind, row.id, text)
+    for test_id, (kind, train_id, text) in best.items():
         found.hits[kind][test_id] = train_id
-        if gram:
-            found.shared[test_id] = gram
+        if kind == KINDS[2]:
+            found.shared[test_id] = text
     return found
 
 
-def _grams(words: Sequence[str]) -> Iterator[str]:
-    for start in range(len(words) - GRAM + 1):
-        yield " ".join(words[start : start + GRAM])
+def _keys(row: Example) -> dict[tuple[str, str], None]:
+    """What a row is found by: each kind and its text, once, the strictest first."""
+    text = f"{row.context} {row.question}".strip()  # what is read before the options
+    words = words_of(text)
+    keys = [(KINDS[0], text)] + [(KINDS[1], " ".join(words))] * bool(words)
+    starts = range(len(words) - GRAM + 1)
+    return dict.fromkeys(keys + [(KINDS[2], " ".join(words[i : i + GRAM])) for i in starts])
 
 
 def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -108,12 +97,15 @@ _checksums = functools.cache(data.checksums)  # of generated rows: seconds
 
 
 def section(
-    test: tuple[str, str], found: dict[tuple[str, str], Overlap | str], rows: Sequence[Example]
+    test: tuple[str, str], found: dict[tuple[str, str], Overlap | None], rows: Sequence[Example]
 ) -> str:
-    """The part of a data card on one test set: a table of all training sources, and examples."""
+    """The part of a data card on one test set: a table of all training sources, and examples.
+
+    None is for a source that was not read.
+    """
     whole = data.card(test[0])["splits"][test[1]].get("rows")
     some = f", a sample of {whole:,}," if isinstance(whole, int) and whole != len(rows) else ""
-    long = sum(len(words_of(text_of(row))) >= GRAM for row in rows)
+    long = sum(any(kind == KINDS[2] for kind, _ in _keys(row)) for row in rows)
     lines = [
         f"Of the {len(rows):,} rows of `{test[1]}`{some} so many stand in training sources as they",
         f"are, but for case and punctuation, or with {GRAM} words in a row in common ({long:,}",
@@ -123,24 +115,20 @@ def section(
         f"| training source | its rows | {' | '.join(KINDS)} |",
         "|---|---|---|---|---|",
     ]
+    examples = []
     for (name, split), overlap in found.items():
-        if isinstance(overlap, str):
-            lines.append(f"| {name} `{split}` | not read: {overlap} | | | |")
-        else:
-            counts = [f"{len(overlap.hits[kind]):,}" for kind in KINDS]
-            lines.append(
-                f"| {name} `{split}` | {overlap.train_rows:,} | " + " | ".join(counts) + " |"
-            )
-    for (name, split), overlap in found.items():
-        if isinstance(overlap, str):
+        if overlap is None:
+            lines.append(f"| {name} `{split}` | not read: not in this folder | | | |")
             continue
+        counts = " | ".join(f"{len(overlap.hits[kind]):,}" for kind in KINDS)
+        lines.append(f"| {name} `{split}` | {overlap.train_rows:,} | {counts} |")
         for kind in KINDS:
             for test_id, train_id in list(overlap.hits[kind].items())[:2]:
-                shared = overlap.shared.get(test_id, "") if kind == KINDS[2] else ""
-                lines.append(
-                    f"- {kind}: row {test_id} and {name} `{split}` row {train_id}"
-                    + (f": “{shared}”" if shared else "")
+                shared = f": “{overlap.shared[test_id]}”" if kind == KINDS[2] else ""
+                examples.append(
+                    f"- {kind}: row {test_id} and {name} `{split}` row {train_id}{shared}"
                 )
+    lines += examples
     lines += ["", f"Made by `python -m bbkit.contamination`; sources {fingerprint(test)}."]
     return "\n".join(lines)
 
@@ -151,64 +139,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bbkit.contamination", description="Training sources against test sets."
     )
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="as for bbkit.train; else the Hub")
-    p.add_argument("--tests", metavar="CARD,…", help="only these test sets (default: all)")
     p.add_argument("--write", action="store_true", help="put the tables into the data cards")
     args = p.parse_args(argv)
-    return exit_code(lambda: _main(args))
+    return exit_code(lambda: _main(args.data_dir, args.write))
 
 
-def _main(args: argparse.Namespace) -> int:
-    sources, tests = pairs()
-    chosen = args.tests.split(",") if args.tests else sorted({name for name, _ in tests})
-    for name in chosen:
-        data.card(name)  # says so if there is none
-    loaded: dict[tuple[str, str], list[Example] | str] = {}
-    for pair in dict.fromkeys([*sources, *(t for t in tests if t[0] in chosen)]):
-        try:
-            loaded[pair] = data.load(*pair, args.data_dir)
-        except InputError:
-            if args.data_dir is None or _there(pair, args.data_dir):
-                raise
-            loaded[pair] = "not in this folder"
-    for name in chosen:
-        parts = []
-        for test in (t for t in tests if t[0] == name):
-            rows = loaded[test]
-            if isinstance(rows, str):
-                print(f"{name} {test[1]}: {rows}; its card stays as it is")
-                continue
-            found = {
-                pair: train if isinstance(train := loaded[pair], str) else find(train, rows)
-                for pair in sources
-            }
-            parts.append(section(test, found, rows))
-        if parts:
-            text = "\n\n".join(parts)
-            print(f"\n## {name}\n\n{text}")
-            if args.write:
-                _write(name, text)
-    return 0
-
-
-def _there(pair: tuple[str, str], folder: Path) -> bool:
-    """Whether a file of the split is in the folder: then it is no gap but a fault."""
-    if not folder.is_dir():
+def _main(folder: Path | None, write: bool) -> int:
+    if folder and not folder.is_dir():
         raise InputError(f"--data-dir {folder}: no such folder")
-    entry = data.card(pair[0])["splits"][pair[1]]
-    known = entry.get("files", []) + entry.get("sample", {}).get("files", [])
-    return any((folder / file["path"]).is_file() for file in known)
-
-
-def _write(name: str, text: str) -> None:
-    path = data.path_of(name)
-    card = path.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n## Contamination\n\n{text}\n{END}\n"
-    if BEGIN in card:
-        before, _, rest = card.partition(BEGIN)
-        card = before + block + rest.partition(END)[2].lstrip("\n")
-    else:
-        card = f"{card.rstrip()}\n\n{block}"
-    files.write_bytes(path, card.encode())
+    sources, tests = pairs()
+    loaded = {
+        pair: data.load(*pair, folder) if data.there(*pair, folder) else None
+        for pair in [*sources, *tests]
+    }
+    parts: dict[str, list[str]] = {}
+    for name, split in tests:
+        rows = loaded[name, split]
+        if rows is None:
+            print(f"{name} {split}: not in this folder; its card stays as it is")
+            continue
+        read = {pair: loaded[pair] for pair in sources}
+        found = {pair: find(train, rows) if train else None for pair, train in read.items()}
+        parts.setdefault(name, []).append(section((name, split), found, rows))
+    for name, told in parts.items():
+        text = "\n\n".join(told)
+        print(f"\n## {name}\n\n{text}")
+        if write:
+            path = data.path_of(name)
+            before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+            block = f"{BEGIN}\n## Contamination\n\n{text}\n{END}\n"
+            after = rest.partition(END)[2].lstrip("\n")
+            files.write_bytes(path, f"{before.rstrip()}\n\n{block}{after}".encode())
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Data cards, and the rows behind them as one Example type.
 
 A card (data_cards/<name>.md) states a data set's files with checksums, its Hub copy at a pinned
-revision, the role of each split and the licence. `load` reads the files from a folder, or the Hub
-copy, and refuses what is not as the card says. The paper names no data set beyond "BIOMED-MMLU":
-which sets stand for which of its claims is our choice, and each card says so.
+revision, the role of each split and the licence; what is not as it says is refused. The paper names
+no data set beyond "BIOMED-MMLU": which stands for which of its claims is our choice.
 """
 
 import difflib
@@ -91,9 +90,8 @@ def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[
     what = " ".join(filter(None, (call["path"], call.get("name"))))
     place = f"{what} at revision {call['revision'] or 'newest'}"
     if "data_files" in call:
-        place = call["data_files"] = call["data_files"].format(
-            revision=call.pop("revision") or "HEAD"
-        )
+        place = call["data_files"].format(revision=call.pop("revision") or "HEAD")
+        call["data_files"] = place
     try:
         import datasets
 
@@ -107,6 +105,19 @@ def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[
     return [(f"{place} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
+def there(card_name: str, split: str, data_dir: str | Path | None = None) -> bool:
+    """Whether a file of the split is in the folder, or without one, whether it has a Hub copy.
+
+    >>> there("ontology", "test"), there("open_replies", "dolly")
+    (True, False)
+    """
+    entry = _split(card_name, split)
+    if card_name in GENERATED or data_dir is None:
+        return bool(entry.get("hub", True))
+    files = entry["files"] + entry.get("sample", {}).get("files", [])
+    return any((Path(data_dir) / file["path"]).is_file() for file in files)
+
+
 def _chosen(card_name: str, split: str, data_dir: str | Path) -> dict:
     """The split's entry on its card, narrowed to its sample where only that is in the folder."""
     folder, entry = Path(data_dir), _split(card_name, split)
@@ -114,11 +125,12 @@ def _chosen(card_name: str, split: str, data_dir: str | Path) -> dict:
         raise InputError(f"no data folder {folder}: lay one out as data_cards/README.md says")
     gone: list[str] = []
     for choice in filter(None, (entry, entry.get("sample"))):
-        for file in choice["files"]:
-            inner = PurePosixPath(file["path"])
-            if inner.is_absolute() or ".." in inner.parts or set(file["path"]) & set("\\:"):
+        paths = [file["path"] for file in choice["files"]]
+        for path in paths:
+            inner = PurePosixPath(path)
+            if inner.is_absolute() or ".." in inner.parts or set(path) & set("\\:"):
                 raise InputError(f"data card {card_name}: {inner} is not a path in the data folder")
-        absent = [f["path"] for f in choice["files"] if not (folder / f["path"]).is_file()]
+        absent = [path for path in paths if not (folder / path).is_file()]
         if not absent:
             return {**entry, **choice, "sample": choice is not entry}
         gone = gone or absent
@@ -139,11 +151,10 @@ def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Exa
         for n, (place, row) in enumerate(rows):
             try:
                 made = fields(card_name, row, n, hub, as_is=entry["role"] == "test")
-                examples.append(Example(**made, source=card_name))
             except ValueError as error:
-                raise InputError(
-                    f"{place}: {error}; mend the row or fetch the file again"
-                ) from None
+                mend = "mend the row or fetch the file again"
+                raise InputError(f"{place}: {error}; {mend}") from None
+            examples.append(Example(**made, source=card_name))
     if "keep_ids" in entry:
         examples = [e for e in examples if (e.id in listed) == entry["keep_ids"]]
     if "keep_held_out" in entry:  # one instruction in ten, by the hash that is its entity
@@ -161,15 +172,16 @@ def load(
 ) -> list[Example]:
     """The rows of a split: from the folder `data_dir`, else from the Hub at the card's revision.
 
-    `revision` replaces the card's. `allow_changed` admits other checksums and row counts than the
-    card's, with a warning. `seed` matters to generated cards only. Training rows with two right
-    answers are left out, with a warning; other splits keep all rows, since their n is published.
-    InputError names file and row; CannotRun: the Hub copy is not to be had.
+    `revision` replaces the card's. `allow_changed` warns of other checksums and row counts than the
+    card's. `seed` is for generated cards. Training rows with two right answers are left out, with a
+    warning; other splits keep all rows, since their n is published. InputError names file and row;
+    CannotRun: the Hub copy is not to be had.
 
     >>> load("constraints", "validation")[0].task
     'instruction'
     """
-    entry, sources, changes, notes = _split(card_name, split), [], [], []
+    entry, place = _split(card_name, split), f"{card_name}, split {split}"
+    sources, changes, notes = [], [], []
     if card_name in GENERATED:
         module, function = GENERATED[card_name]
         made = getattr(import_module(f"bbkit.{module}"), function)(split, seed=seed)
@@ -187,19 +199,15 @@ def load(
     elif entry["hub"]:
         sources = [(s.get("ids"), _from_hub(card_name, s, revision)) for s in entry["hub"]]
     else:
-        raise InputError(
-            f"{card_name}, split {split}: has no Hub copy; name its folder: --data-dir"
-        )
+        raise InputError(f"{place}: has no Hub copy; name its folder: --data-dir")
     examples = _examples(card_name, entry, sources, hub=data_dir is None)
     if not examples:
-        raise InputError(
-            f"{card_name}, split {split}: no rows; its files are empty, fetch them again"
-        )
+        raise InputError(f"{place}: no rows; its files are empty, fetch them again")
     if entry["rows"] and len(examples) != entry["rows"]:
         changes.append(f"{len(examples)} rows, not the card's {entry['rows']}")
     if changes and not allow_changed:
         mend = "fetch the data again, or accept the change: --set data.allow_changed=true"
-        raise InputError(f"{card_name}, split {split}: {'; '.join(changes)}; {mend}")
+        raise InputError(f"{place}: {'; '.join(changes)}; {mend}")
     if data_dir is not None and entry["sample"]:
         notes.append(f"only a sample of {len(examples)} rows is in {data_dir}")
     if entry["role"] == "train":
@@ -208,13 +216,11 @@ def load(
             notes.append(f"{lost} rows with two right answers left out")
         examples = sound
     for note in changes + notes:
-        log.warning("%s, split %s: %s", card_name, split, note)
+        log.warning("%s: %s", place, note)
     return [replace(e, split=split) for e in examples]
 
 
-def checksums(
-    card_name: str, split: str, data_dir: str | Path | None = None, revision: str | None = None
-) -> dict[str, str]:
+def checksums(card_name: str, split: str, data_dir: str | Path | None = None) -> dict[str, str]:
     """What `load` reads, for a run's manifest: sha256 by file, or revision by Hub source.
 
     A generated split has the sha256 of its rows at seed 0.
@@ -226,12 +232,10 @@ def checksums(
         rows = repr(load(card_name, split))
         return {f"{card_name}/{split}": hashlib.sha256(rows.encode()).hexdigest()}
     if data_dir is None:
-        read = {}
-        for source in _split(card_name, split)["hub"]:
-            pin = source["revision"] if "ids" in source else revision or source["revision"]
-            name = source.get("data_files", source["path"]).format(revision=pin or "HEAD")
-            read[name] = pin or "unpinned"
-        return read
+        pins = {
+            s.get("data_files", s["path"]): s["revision"] for s in _split(card_name, split)["hub"]
+        }
+        return {s.format(revision=pin or "HEAD"): pin or "unpinned" for s, pin in pins.items()}
     files = [file["path"] for file in _chosen(card_name, split, data_dir)["files"]]
     return {f: hashlib.sha256((Path(data_dir) / f).read_bytes()).hexdigest() for f in files}
 
@@ -244,14 +248,9 @@ def verify(card_name: str, data_dir: str | Path | None = None) -> dict[str, int]
     >>> verify("constraints")["test"] > 0
     True
     """
-    counts = {}
-    for split, entry in card(card_name)["splits"].items():
-        files = entry.get("files", []) + entry.get("sample", {}).get("files", [])
-        there = [f for f in files if data_dir and (Path(data_dir) / f["path"]).is_file()]
-        if data_dir is None or card_name in GENERATED or there:
-            counts[split] = len(load(card_name, split, data_dir))
-    if not counts:
+    splits = [split for split in card(card_name)["splits"] if there(card_name, split, data_dir)]
+    if not splits:
         raise InputError(
             f"{card_name}: none of its files is in {data_dir}; see data_cards/README.md"
         )
-    return counts
+    return {split: len(load(card_name, split, data_dir)) for split in splits}

@@ -1,12 +1,13 @@
 """Loss and KL to the base on text that neither rewards nor retention look at, kind by kind.
 
-Serves the claim of no alignment tax: what is kept is what is asked for and a little beyond, so that
-instruction following at the base's level is not yet no tax. The paper measures nothing of the sort.
-The worst kind is what counts. On texts of others a tuned model may gain: there the KL tells more.
+Serves the claim of no alignment tax: instruction following at the base's level is not yet no tax.
+The paper measures nothing of the sort. The worst kind is what counts. On texts of others a tuned
+model may gain: there the KL tells more.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,8 +33,7 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
     """At most `evaluation.elsewhere` texts of each kind, the same at every call.
 
     `entity` is the kind, `question` (and `system`) the prompt, "" for none, `answer` the text.
-    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, and one line
-    says so.
+    Kinds whose files are not in `data_dir`, or without one on the Hub, are left out, which is said.
     InputError: a file is there and not as its card says.
 
     >>> from bbkit import config
@@ -47,50 +47,33 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
         return [e for kind in build.FORMS for e in pocket.elsewhere(kind, most)]
     found, gone = [], []
     for kind, (card, split) in OPEN.items():
-        rows = _read(card, split, data_dir, settings.data.allow_changed)
-        if rows is None:
+        rows: list[Example] = []
+        if data.there(card, split, data_dir):
+            with suppress(CannotRun):  # the Hub is out of reach
+                rows = data.load(card, split, data_dir, allow_changed=settings.data.allow_changed)
+        if not rows:
             gone.append(f"{kind} ({card})")
-            continue
         # an edit has a text to edit, behind a blank line
         rows = [e for e in rows if e.answer and (kind != "edits" or "\n\n" in e.question)]
         for e in Random(0).sample(rows, min(most, len(rows))):
             found.append(Example(e.id, "instruction", e.question, answer=e.answer, entity=kind))
     if gone:
-        place = (
-            f"in {data_dir}"
-            if data_dir
-            else "to be had from the Hub: name a folder with --data-dir"
-        )
+        hub = "to be had from the Hub: name a folder with --data-dir"
+        place = f"in {data_dir}" if data_dir else hub
         print(f"elsewhere: not measured on {', '.join(gone)}: not {place}")
     return found
-
-
-def _read(
-    card: str, split: str, data_dir: Path | None, allow_changed: bool
-) -> list[Example] | None:
-    """The rows of a split; None where they are not to be had."""
-    entry = data.card(card)["splits"][split]
-    if data_dir is None and not entry["hub"]:
-        return None
-    if data_dir and not all((data_dir / file["path"]).is_file() for file in entry["files"]):
-        return None
-    try:
-        return data.load(card, split, data_dir, allow_changed=allow_changed)
-    except CannotRun:  # the Hub is out of reach
-        return None
 
 
 def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
     """An item row for each text: its loss above the base's, and KL(base ‖ model), nats a token.
 
-    Means over the tokens of the text and its end, cut to `max_length` with the prompt; KL is exact
-    over the vocabulary. `model` is a PEFT model, its adapter turned off for the base's part; for a
-    model without adapter, the base itself, all is 0. Texts that the cut leaves nothing of are
-    left out.
+    Means over the tokens of the text and its end, cut to `max_length` with the prompt, which leaves
+    some texts out; KL is exact over the vocabulary. `model` is a PEFT model, its adapter turned off
+    for the base's part; for a model without adapter, the base itself, all is 0.
     """
     encoded = [_encode(tokenizer, e, max_length) for e in rows]
     kept = [i for i, (whole, asked) in enumerate(encoded) if asked < len(whole)]
-    scores = [(0.0, 0.0)] * len(kept)
+    found = dict.fromkeys(kept, (0.0, 0.0))
     if hasattr(model, "disable_adapter"):
         known = [encoded[i] for i in kept]
         for place, ours, bases in generation.beside_base(model, tokenizer, known):
@@ -98,8 +81,15 @@ def measured(model, tokenizer, rows: Sequence[Example], max_length: int) -> list
             said = ours.new_tensor(whole[asked:]).long()[:, None]
             above = (bases - ours).gather(1, said).mean().item()
             kl = (bases.exp() * (bases - ours)).sum(-1).mean().item()
-            scores[place] = above, max(0.0, kl)  # not below 0 by rounding
-    return [_item(rows[i], *found) for i, found in zip(kept, scores, strict=True)]
+            found[kept[place]] = above, max(0.0, kl)  # not below 0 by rounding
+    return [
+        {
+            "id": e.id, "task": "elsewhere", "entity": e.entity, "source": f"elsewhere {e.entity}",
+            "question": e.question, "gold": "", "reply": e.answer,
+            "scores": scores(e.entity, *found[i]),
+        }
+        for i, e in enumerate(rows) if i in found
+    ]  # fmt: skip
 
 
 def _encode(tokenizer, e: Example, max_length: int) -> tuple[list[int], int]:
@@ -110,14 +100,6 @@ def _encode(tokenizer, e: Example, max_length: int) -> tuple[list[int], int]:
         text = e.answer + tokenizer.eos_token
         whole, asked = tokenizer(text, add_special_tokens=False)["input_ids"], 1
     return whole[:max_length], asked
-
-
-def _item(e: Example, above: float, kl: float) -> dict[str, Any]:
-    return {
-        "id": e.id, "task": "elsewhere", "entity": e.entity, "source": f"elsewhere {e.entity}",
-        "question": e.question, "gold": "", "reply": e.answer,
-        "scores": scores(e.entity, above, kl),
-    }  # fmt: skip
 
 
 def scores(kind: str, above: float, kl: float) -> dict[str, float]:
@@ -131,8 +113,9 @@ def scores(kind: str, above: float, kl: float) -> dict[str, float]:
 
 def names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The measures of each kind that item rows hold, in their order."""
-    told = (row["scores"] for row in rows if row["task"] == "elsewhere")
-    return list(dict.fromkeys(name for found in told for name in found))
+    return list(
+        dict.fromkeys(n for row in rows if row["task"] == "elsewhere" for n in row["scores"])
+    )
 
 
 def by_kind(known: Iterable[str]) -> dict[str, dict[str, str]]:

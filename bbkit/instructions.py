@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from bbkit.errors import InputError
 from bbkit.prompts import Example
@@ -28,156 +29,67 @@ TAGS = ("note", "reply", "list", "title", "quote", "item")
 LABELS = ("Result", "Words", "Output", "Summary", "Notes", "Final")
 OPENERS = ("Indeed", "Surely", "Well", "Today", "Hello", "Friends")
 JOINERS = {
-    "plus signs": "+",
-    "slashes": "/",
-    "arrows": "->",
-    "semicolons": ";",
-    "equals signs": "=",
-}
+    "plus signs": "+", "slashes": "/", "arrows": "->", "semicolons": ";", "equals signs": "=",
+}  # fmt: skip
 SPLITS = ("train", "validation", "test")
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-def _peel(left: str, right: str, reply: str) -> str | None:
-    """The text between two marks that stand at the very ends of the reply, else None."""
-    if len(reply) >= len(left) + len(right) and reply.startswith(left) and reply.endswith(right):
-        return reply[len(left) : len(reply) - len(right)].strip()
-    return None
-
-
-def _wrapped(left: str, right: str) -> Callable[[Mapping, str], bool]:
-    """A check that the reply stands between two marks, with the asked words if any are asked."""
-
-    def holds(c: Mapping, reply: str) -> bool:
-        inner = _peel(left.format(**c), right.format(**c), reply)
-        return bool(inner) and (not c.get("words") or _words(inner or "") == list(c["words"]))
-
-    return holds
-
-
-def _same(target: Callable[[Mapping], str]) -> Callable[[Mapping, str], bool]:
-    return lambda c, reply: _words(reply) == _words(target(c))
-
-
-def _numbered(c: Mapping) -> str:
-    return " ".join(f"{i}. {w}" for i, w in enumerate(c["words"], 1))
-
-
-# kind: (templates, reference reply, check). Arguments are drawn by `_arguments`.
-_List = Sequence[str]
-_Kind = tuple[_List, Callable[[Mapping], str], Callable[[Mapping, str], bool] | None]
-_KINDS: dict[str, _Kind] = {
-    "repeat": (
-        ("Write the word {one} {times} times.", "Say {one} {times} times."),
-        lambda c: " ".join([c["one"]] * c["times"]),
-        None,
-    ),
-    "join": (
-        ("Join these words with {joiner_name}: {text}", "Put {joiner_name} between: {text}"),
-        lambda c: f" {c['joiner']} ".join(c["words"]),
-        None,
-    ),
-    "tags": (
-        ("Put these words inside <{tag}> tags: {text}", "Wrap in <{tag}> tags: {text}"),
-        lambda c: f"<{c['tag']}>{c['text']}</{c['tag']}>",
-        _wrapped("<{tag}>", "</{tag}>"),
-    ),
+# What is asked, in two wordings; `_arguments` draws what they name.
+ASKED = {
+    "repeat": ("Write the word {one} {times} times.", "Say {one} {times} times."),
+    "join": ("Join these words with {joiner_name}: {text}", "Put {joiner_name} between: {text}"),
+    "tags": ("Put these words inside <{tag}> tags: {text}", "Wrap in <{tag}> tags: {text}"),
     "open_with": (
-        (
-            "Begin your reply with {opener}, then write: {text}",
-            "Start with {opener}. Write: {text}",
-        ),
-        lambda c: f"{c['opener']} {c['text']}",
-        _wrapped("{opener}", ""),
+        "Begin your reply with {opener}, then write: {text}",
+        "Start with {opener}. Write: {text}",
     ),
-    "number": (
-        ("Number these words: {text}", "Write as a numbered list: {text}"),
-        _numbered,
-        None,
-    ),
-    "reverse": (
-        ("Write these words in reverse order: {text}", "Reverse the order: {text}"),
-        lambda c: " ".join(reversed(c["words"])),
-        None,
-    ),
-    "drop": (
-        ("Leave out {one}: {text}", "Write these words without {one}: {text}"),
-        lambda c: " ".join(w for w in c["words"] if w != c["one"]),
-        None,
-    ),
-    "replace": (
-        ("Replace {one} by {other}: {text}", "Write {other} in place of {one}: {text}"),
-        lambda c: " ".join(c["other"] if w == c["one"] else w for w in c["words"]),
-        None,
-    ),
-    "round_brackets": (
-        ("Write in round brackets: {text}", "Put round brackets around: {text}"),
-        lambda c: f"({c['text']})",
-        _wrapped("(", ")"),
-    ),
-    "first": (
-        ("Give only the first word: {text}", "Which word comes first: {text}"),
-        lambda c: c["words"][0],
-        None,
-    ),
+    "number": ("Number these words: {text}", "Write as a numbered list: {text}"),
+    "reverse": ("Write these words in reverse order: {text}", "Reverse the order: {text}"),
+    "drop": ("Leave out {one}: {text}", "Write these words without {one}: {text}"),
+    "replace": ("Replace {one} by {other}: {text}", "Write {other} in place of {one}: {text}"),
+    "round_brackets": ("Write in round brackets: {text}", "Put round brackets around: {text}"),
+    "first": ("Give only the first word: {text}", "Which word comes first: {text}"),
     "label": (
-        (
-            "Label these words as {label}: {text}",
-            "Write the label {label} and a colon before: {text}",
-        ),
-        lambda c: f"{c['label']}: {c['text']}",
-        _wrapped("{label}:", ""),
+        "Label these words as {label}: {text}",
+        "Write the label {label} and a colon before: {text}",
     ),
-    "count": (
-        ("Count from {low} to {high}.", "Write the numbers from {low} to {high}."),
-        lambda c: " ".join(str(i) for i in range(c["low"], c["high"] + 1)),
-        None,
-    ),
-    "last": (
-        ("Give only the last word: {text}", "Which word comes last: {text}"),
-        lambda c: c["words"][-1],
-        None,
-    ),
-    "double": (
-        ("Write every word twice: {text}", "Double each word: {text}"),
-        lambda c: " ".join(f"{w} {w}" for w in c["words"]),
-        None,
-    ),
-    "stars": (
-        ("Put a star before and after: {text}", "Write between two stars: {text}"),
-        lambda c: f"* {c['text']} *",
-        _wrapped("*", "*"),
-    ),
-    "second": (
-        ("Give only the second word: {text}", "Which word comes second: {text}"),
-        lambda c: c["words"][1],
-        None,
-    ),
-    "and_between": (
-        ("Put and between these words: {text}", "Connect with and: {text}"),
-        lambda c: " and ".join(c["words"]),
-        None,
-    ),
-    "append": (
-        ("Add {other} at the end: {text}", "Write {other} after these words: {text}"),
-        lambda c: f"{c['text']} {c['other']}",
-        None,
-    ),
-    "square_brackets": (
-        ("Write in square brackets: {text}", "Put square brackets around: {text}"),
-        lambda c: f"[{c['text']}]",
-        _wrapped("[", "]"),
-    ),
+    "count": ("Count from {low} to {high}.", "Write the numbers from {low} to {high}."),
+    "last": ("Give only the last word: {text}", "Which word comes last: {text}"),
+    "double": ("Write every word twice: {text}", "Double each word: {text}"),
+    "stars": ("Put a star before and after: {text}", "Write between two stars: {text}"),
+    "second": ("Give only the second word: {text}", "Which word comes second: {text}"),
+    "and_between": ("Put and between these words: {text}", "Connect with and: {text}"),
+    "append": ("Add {other} at the end: {text}", "Write {other} after these words: {text}"),
+    "square_brackets": ("Write in square brackets: {text}", "Put square brackets around: {text}"),
     "count_down": (
-        ("Count down from {high} to {low}.", "Write the numbers from {high} down to {low}."),
-        lambda c: " ".join(str(i) for i in range(c["high"], c["low"] - 1, -1)),
-        None,
+        "Count down from {high} to {low}.",
+        "Write the numbers from {high} down to {low}.",
     ),
 }
-KINDS = tuple(_KINDS)
+# The reply: what stands around the words, or what is made of the arguments.
+REPLIES: dict[str, str | Callable[[Mapping], str]] = {
+    "repeat": lambda c: " ".join([c["one"]] * c["times"]),
+    "join": lambda c: f" {c['joiner']} ".join(c["words"]),
+    "tags": "<{tag}>{text}</{tag}>",
+    "open_with": "{opener} {text}",
+    "number": lambda c: " ".join(f"{i}. {w}" for i, w in enumerate(c["words"], 1)),
+    "reverse": lambda c: " ".join(reversed(c["words"])),
+    "drop": lambda c: " ".join(w for w in c["words"] if w != c["one"]),
+    "replace": lambda c: " ".join(c["other"] if w == c["one"] else w for w in c["words"]),
+    "round_brackets": "({text})",
+    "first": lambda c: c["words"][0],
+    "label": "{label}: {text}",
+    "count": lambda c: " ".join(str(i) for i in range(c["low"], c["high"] + 1)),
+    "last": lambda c: c["words"][-1],
+    "double": lambda c: " ".join(f"{w} {w}" for w in c["words"]),
+    "stars": "* {text} *",
+    "second": lambda c: c["words"][1],
+    "and_between": lambda c: " and ".join(c["words"]),
+    "append": lambda c: f"{c['text']} {c['other']}",
+    "square_brackets": "[{text}]",
+    "count_down": lambda c: " ".join(str(i) for i in range(c["high"], c["low"] - 1, -1)),
+}
+KINDS = tuple(ASKED)
 SEEN, UNSEEN = KINDS[:12], KINDS[12:]
 # Kinds that any free-form reply can obey, put behind real instructions: sentence per kind.
 WRAPPERS = {
@@ -201,10 +113,16 @@ def check(constraint: Mapping, reply: str) -> bool:
     Raises `InputError` for a kind that does not exist.
     """
     kind = constraint.get("kind")
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise InputError(f"unknown constraint kind {kind!r}: use one of {', '.join(KINDS)}")
-    _, target, holds = _KINDS[kind]
-    return (holds or _same(target))(constraint, reply.strip())
+    wanted, reply = REPLIES[kind], reply.strip()
+    if not isinstance(wanted, str):
+        return reply.split() == wanted(constraint).split()
+    left, right = (mark.strip().format(**constraint) for mark in wanted.split("{text}"))
+    if len(reply) < len(left + right) or not (reply.startswith(left) and reply.endswith(right)):
+        return False
+    inner = reply[len(left) : len(reply) - len(right)].split()
+    return bool(inner) and inner == list(constraint.get("words") or inner)
 
 
 def _arguments(kind: str, rng: random.Random) -> dict:
@@ -225,9 +143,9 @@ def _arguments(kind: str, rng: random.Random) -> dict:
         "low": low,
         "high": low + rng.randint(2, 5),
     }
-    used = set(re.findall(r"{(\w+)}", " ".join(_KINDS[kind][0])))
-    used |= {"words"} if "text" in used else set()
-    used |= {"joiner"} if kind == "join" else set()
+    used = set(re.findall(r"{(\w+)}", " ".join(ASKED[kind])))
+    for shown, meant in (("text", "words"), ("joiner_name", "joiner")):
+        used |= {meant} if shown in used else set()
     return {"kind": kind, **{k: v for k, v in c.items() if k in used}}
 
 
@@ -238,13 +156,12 @@ def example(kind: str, rng: random.Random, split: str = "") -> Example:
     'count'
     """
     c = _arguments(kind, rng)
-    templates, target, _ = _KINDS[kind]
-    question = rng.choice(templates).format(**c)
+    question, reply = rng.choice(ASKED[kind]).format(**c), REPLIES[kind]
     return Example(
         id=question,
         task="instruction",
         question=question,
-        answer=target(c),
+        answer=reply.format(**c) if isinstance(reply, str) else reply(c),
         entity=kind,
         constraints=(c,),
         source="constraints",
@@ -271,14 +188,10 @@ def examples(
     rng = random.Random(f"{split}/{seed}")
     rows: dict[str, Example] = {}
     for kind in kinds:
-        found = 0
-        for _ in range(per_kind * 50):
-            e = example(kind, rng, split)
-            if split_of(e) == split and e.id not in rows:
-                rows[e.id] = e
-                found += 1
-            if found == per_kind:
-                break
+        drawn = (example(kind, rng, split) for _ in range(per_kind * 50))
+        new = (e for e in drawn if split_of(e) == split and e.id not in rows)
+        for e in islice(new, per_kind):
+            rows[e.id] = e
     return list(rows.values())
 
 
@@ -296,14 +209,6 @@ def constrain(rows: Sequence[Example], seed: int = 0, kinds: Sequence[str] = SEE
         kind = rng.choice(usable)
         c = {k: v for k, v in _arguments(kind, rng).items() if k not in ("words", "text")}
         question = f"{row.question} {WRAPPERS[kind].format(**c)}"
-        out.append(
-            replace(
-                row,
-                id=f"{row.id}/{kind}",
-                question=question,
-                answer="",
-                constraints=(c,),
-                entity=kind,
-            )
-        )
+        made = replace(row, id=f"{row.id}/{kind}", question=question, answer="", entity=kind)
+        out.append(replace(made, constraints=(c,)))
     return out

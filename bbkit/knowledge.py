@@ -1,8 +1,8 @@
 """The fact table of the Disease Ontology, facts as sentences, and the split by disease.
 
-What the kit's questions are made from and their chains are checked against (see `questions`): the
-paper names "ontology validation" without saying how. A sentence of a chain is true here when the
-shipped table, derived from the ontology (CC0), states it.
+What the kit's questions are made from and their chains are checked against: the paper names
+"ontology validation" without saying how. A sentence of a chain is true here when the shipped table,
+derived from the ontology (CC0), states it.
 """
 
 import hashlib
@@ -16,36 +16,28 @@ FACTS = Path(__file__).parent / "pocket" / "facts.tsv"
 SPLITS = ("train", "validation", "test")
 Fact = tuple[str, str, str]  # subject, relation, object
 
-# One canonical sentence per relation: what a chain is written in and what `statements` reads back.
-SENTENCES = {
-    "cause": "{s} is caused by {o}.",
-    "transmission": "{s} is transmitted by {o}.",
-    "symptom": "{s} has the symptom {o}.",
-    "site": "{s} affects the {o}.",
-    "kind": "{s} is a {o}.",
+# The canonical sentence of a relation, between subject and object: what a chain is written in.
+VERBS = {
+    "cause": " is caused by ",
+    "transmission": " is transmitted by ",
+    "symptom": " has the symptom ",
+    "site": " affects the ",
+    "kind": " is a ",
 }
-# The inverse of `cause`, for chains that start from an organism.
-INVERSE = {"cause": "{o} causes {s}."}
-_MARKS = [
-    (" is caused by ", "cause", False),
-    (" is transmitted by ", "transmission", False),
-    (" has the symptom ", "symptom", False),
-    (" affects the ", "site", False),
-    (" is a ", "kind", False),
-    (" causes ", "cause", True),
-]
+INVERSE = {"cause": " causes "}  # between object and subject, in chains that start from an organism
+_READ = (*VERBS.items(), *INVERSE.items())
 
 
 def state(fact: Fact, inverse: bool = False) -> str:
     """A fact as the canonical sentence.
 
-    >>> state(("cholera", "cause", "Vibrio cholerae"))
-    'cholera is caused by Vibrio cholerae.'
     >>> state(("cholera", "cause", "Vibrio cholerae"), inverse=True)
     'Vibrio cholerae causes cholera.'
     """
     subject, relation, object_ = fact
-    return (INVERSE if inverse else SENTENCES)[relation].format(s=subject, o=object_)
+    if inverse:
+        return f"{object_}{INVERSE[relation]}{subject}."
+    return f"{subject}{VERBS[relation]}{object_}."
 
 
 def statements(text: str) -> list[Fact | None]:
@@ -59,33 +51,23 @@ def statements(text: str) -> list[Fact | None]:
     found: list[Fact | None] = []
     for sentence in text.replace(". ", ".\n").splitlines():
         sentence = sentence.strip().rstrip(".")
-        if not sentence:
-            continue
-        hits = [(sentence.find(mark), mark, rel, inv) for mark, rel, inv in _MARKS]
-        hits = [h for h in hits if h[0] > 0]
-        if not hits:
+        hits = [(sentence.find(verb), verb, relation) for relation, verb in _READ]
+        hits = [hit for hit in hits if hit[0] > 0]
+        if hits:
+            _, verb, relation = min(hits)
+            left, right = (part.strip() for part in sentence.split(verb, 1))
+            inverse = verb in INVERSE.values()
+            found.append((right, relation, left) if inverse else (left, relation, right))
+        elif sentence:
             found.append(None)
-            continue
-        at, mark, relation, inverse = min(hits)
-        left, right = sentence[:at].strip(), sentence[at + len(mark) :].strip()
-        found.append((right, relation, left) if inverse else (left, relation, right))
     return found
 
 
 @cache
 def facts() -> dict[Fact, str]:
     """The shipped fact table: fact -> DOID of its disease (of one disease, for `kind` facts)."""
-    table = {}
-    for number, line in enumerate(FACTS.read_text(encoding="utf-8").splitlines(), 1):
-        if number == 1 or not line:
-            continue
-        cells = line.split("\t")
-        if len(cells) != 4:
-            raise InputError(
-                f"{FACTS.name} line {number}: {len(cells)} cells, expected 4; rebuild it"
-            )
-        table[(cells[1], cells[2], cells[3])] = cells[0]
-    return table
+    rows = [line.split("\t") for line in FACTS.read_text(encoding="utf-8").splitlines()[1:]]
+    return {(subject, relation, object_): doid for doid, subject, relation, object_ in rows}
 
 
 def is_fact(fact: Fact) -> bool:
@@ -127,23 +109,14 @@ def diseases(split: str) -> list[str]:
     """
     if split not in SPLITS:
         raise InputError(f"ontology: no split {split!r}; use one of {', '.join(SPLITS)}")
-    group: dict[str, str] = {}
-    for s, r, _ in sorted(facts()):
-        if r != "kind":
-            group.setdefault(s, s)
-
-    def root(s: str) -> str:
-        while group[s] != s:
-            s = group[s]
-        return s
-
+    group = {s: s for s, r, _ in sorted(facts()) if r != "kind"}
     for (relation, _), members in having().items():
-        for other in members[1:] if relation == "cause" else ():
-            a, b = sorted((root(members[0]), root(other)))
-            group[b] = a
-    chosen = []
-    for s in sorted(group):
-        share = int(hashlib.sha256(root(s).encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
-        if split == ("train" if share < 0.60 else "validation" if share < 0.75 else "test"):
-            chosen.append(s)
-    return chosen
+        if relation == "cause" and len(members) > 1:
+            joined = {group[s] for s in members}
+            group = {s: min(joined) if g in joined else g for s, g in group.items()}
+
+    def drawn(s: str) -> str:
+        share = int(hashlib.sha256(group[s].encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+        return "train" if share < 0.60 else "validation" if share < 0.75 else "test"
+
+    return [s for s in sorted(group) if drawn(s) == split]

@@ -1,8 +1,8 @@
 """The layouts of upstream files and Hub copies: bytes to rows, a row to the fields of an Example.
 
-One short function a data set; `fields` checks what it gives. bbkit.data alone uses this module, and
-says where a malformed row stands. Traps are handled where they arise: MedMCQA counts its answers
-from 1 in the files and from 0 on the Hub, the Hub copy of IFEval is padded with nulls.
+One short function a data set; `fields` checks what it gives, bbkit.data says where a malformed row
+stands. Traps are handled where they arise: MedMCQA counts its answers from 1 in the files and from
+0 on the Hub, the Hub copy of IFEval is padded with nulls.
 """
 
 import csv
@@ -30,28 +30,28 @@ def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:
             for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028
                 if line.strip():
                     rows.append((f"{name} line {number}", json.loads(line)))
-        elif layout == "csv":
+            return rows
+        if layout == "csv":
             reader = csv.reader(io.StringIO(text, newline=""), strict=True)
             subject = PurePosixPath(name).stem.removesuffix("_test")
             for cells in reader:
                 if cells:
                     rows.append((f"{name} line {number}", {"subject": subject, "cells": cells}))
                 number = reader.line_num + 1
-        elif isinstance(
-            whole := json.loads(text.strip() or "[]"), dict
-        ):  # PubMedQA: by id, rows or labels
-            for key, value in whole.items():
-                rest = value if isinstance(value, dict) else {}
-                rows.append((f"{name} entry {key}", {"pmid": key, **rest}))
-        else:
-            rows = [(f"{name} row {i}", row) for i, row in enumerate(whole, 1)]
+            return rows
+        whole = json.loads(text.strip() or "[]")
+        if not isinstance(whole, dict):
+            return [(f"{name} row {i}", row) for i, row in enumerate(whole, 1)]
+        for key, value in whole.items():  # PubMedQA: by id, rows or labels
+            rest = value if isinstance(value, dict) else {}
+            rows.append((f"{name} entry {key}", {"pmid": key, **rest}))
+        return rows
     except (ValueError, csv.Error, TypeError, RecursionError) as error:
         number += getattr(error, "lineno", 1) - 1
         raise InputError(
             f"{name} line {number}: not readable as {layout} ({error}), as if cut short; "
             "fetch it again"
         ) from None
-    return rows
 
 
 def normal(text: str) -> str:
@@ -65,12 +65,13 @@ def normal(text: str) -> str:
 
 def _choice(options: Sequence[str], names: Sequence, gold: Any) -> dict:
     """Options that go by `names` (letters or numbers), of which `gold` is one."""
+    given = dict(zip(names, options, strict=False))
     if gold not in list(names) or isinstance(gold, bool) or len(options) != len(names):
         raise ValueError(
             f"its right answer is {str(gold)[:40]!r} of {len(options)} options; "
             f"it must be one of {', '.join(map(str, names))}"
         )
-    return {"task": "choice", "options": list(options), "answer": options[list(names).index(gold)]}
+    return {"task": "choice", "options": tuple(options), "answer": given[gold]}
 
 
 def _joined(texts: Any) -> str:
@@ -97,18 +98,13 @@ def _medmcqa(row: Any, n: int, hub: bool) -> dict:
 
 def _pubmedqa(row: Any, n: int, hub: bool) -> dict:
     if hub:
-        names = {"pmid": "pubid", "QUESTION": "question", "LONG_ANSWER": "long_answer"}
-        row = {
-            **row,
-            "CONTEXTS": row["context"]["contexts"],
-            **{k: row[v] for k, v in names.items()},
-        }
+        row = {**row["context"], **row}
     options = ("yes", "no", "maybe")
     return _choice(options, options, row["final_decision"]) | {
-        "id": str(row["pmid"]),
-        "question": row["QUESTION"],
-        "context": _joined(row["CONTEXTS"]),
-        "reasoning": row["LONG_ANSWER"],
+        "id": str(row["pubid" if hub else "pmid"]),
+        "question": row["question" if hub else "QUESTION"],
+        "context": _joined(row["contexts" if hub else "CONTEXTS"]),
+        "reasoning": row["long_answer" if hub else "LONG_ANSWER"],
     }
 
 
@@ -142,19 +138,17 @@ def _general(row: Any, n: int, hub: bool) -> dict:
     return {"task": "instruction", "question": question, "answer": task["output"], "entity": entity}
 
 
+def _open_replies(row: Any, n: int, hub: bool) -> dict:
+    question = row["prompt"].removeprefix(FRAME[0]).removesuffix(FRAME[1])
+    return {"task": "instruction", "question": question, "answer": row["response"]}
+
+
 # The frame that Alpaca put around an instruction; others' files have it on every row.
 FRAME = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n",
     "\n\n### Response:\n",
 )
-
-
-def _open_replies(row: Any, n: int, hub: bool) -> dict:
-    question = row["prompt"].removeprefix(FRAME[0]).removesuffix(FRAME[1])
-    return {"task": "instruction", "question": question, "answer": row["response"]}
-
-
 READERS: dict[str, Callable[[Any, int, bool], dict]] = {
     "medqa": _medqa,
     "medmcqa": _medmcqa,
@@ -191,7 +185,5 @@ def fields(card_name: str, row: Any, n: int, hub: bool, as_is: bool = False) -> 
         if key in ("id", "question", "answer") and not value.strip():
             raise ValueError(f"its {key} is empty")
         if key != "constraints" and not as_is:
-            made[key] = [text.strip() for text in value] if key == "options" else value.strip()
-    if "options" in made:
-        made["options"] = tuple(made["options"])
+            made[key] = tuple(t.strip() for t in value) if key == "options" else value.strip()
     return made

@@ -83,13 +83,9 @@ def encode(tokenizer, example: Example, reply: str) -> tuple[list[int], int]:
     In two parts, as a model meets them: together, a newline that opens the reply could join the
     prompt's last token.
     """
-    prompt = tokenizer.apply_chat_template(
-        messages(example), add_generation_prompt=True, tokenize=False
-    )
-    asked, said = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (prompt, reply + tokenizer.eos_token)
-    )
+    turns, end = messages(example), tokenizer.eos_token
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    asked, said = tokenizer([prompt, reply + end], add_special_tokens=False)["input_ids"]
     return asked + said, len(asked)
 
 
@@ -150,9 +146,8 @@ def parse_reasoning(text: str) -> str | None:
 def parse_answer(text: str, choices: Mapping[str, str] | Sequence[str] | None = None) -> str | None:
     """The answer in the one anchored tag; None when absent, empty or ambiguous.
 
-    `choices`: letter -> option text (returns a letter), letters such as "ABCD" (returns one), or
-    option texts (returns one; its letter names it too). Read are "B", "(B)", "B.", an option's
-    text, and "B) text" where the two agree.
+    `choices`: letter -> option text or letters such as "ABCD" (returns a letter), or option texts
+    (returns one). Read are "B", "(B)", "B.", an option's text, and "B) text" where the two agree.
 
     >>> parse_answer("<answer>(b)</answer>", {"A": "virus", "B": "worm"})
     'B'

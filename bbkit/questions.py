@@ -1,15 +1,14 @@
 """Knowledge-grounded questions with a checkable chain: the paper's MKGSG, our reading.
 
-Facts of the Disease Ontology become questions of one and two hops whose gold chain a program can
-verify: multiple choice with sibling distractors, short answer, and a clinical form (finding ->
-cause -> disease). A question with two right answers, or one that its wording gives away, is not
-generated. Splits are by disease.
+Facts of the Disease Ontology become questions of one and two hops: multiple choice with sibling
+distractors, short answer, and a clinical form (finding -> cause -> disease). A question with two
+right answers, or one that its wording gives away, is not generated. Splits are by disease.
 """
 
 import hashlib
 import random
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import islice
@@ -69,18 +68,14 @@ def _clash(a: str, b: str) -> bool:
 
 
 def _options(
-    gold: str,
-    right: Sequence[str],
-    pool: Sequence[str],
-    near: str,
-    often: Mapping[str, int],
+    gold: str, right: Sequence[str], pool: Sequence[str], near: str, often: Mapping[str, int],
     rng: random.Random,
-) -> tuple[str, ...] | None:
+) -> tuple[str, ...] | None:  # fmt: skip
     """Gold and three distractors, none right; mostly one as like the name and one as frequent.
 
     `pool` is ordered siblings first; None when no fair set exists (the question is dropped).
     """
-    usable = [o for o in pool if not any(_clash(o, r) for r in (*right, gold))]
+    usable = [o for o in pool if not any(_clash(o, r) for r in right)]
     picked: list[str] = []
     # Guess-by-name scored 82 % on cause questions before the first of these rules (gold resembles
     # the disease), always naming the most frequent option 57 % on two hops before the second.
@@ -106,12 +101,8 @@ def _options(
 
 
 @cache
-def _counts(relation: str) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for _, r, o in sorted(facts()):
-        if r == relation:
-            counts[o] += 1
-    return counts
+def _counts(relation: str) -> Counter[str]:
+    return Counter(o for _, r, o in sorted(facts()) if r == relation)
 
 
 def _pool(relation: str, rng: random.Random) -> list[str]:
@@ -122,77 +113,61 @@ def _pool(relation: str, rng: random.Random) -> list[str]:
     return sorted(_counts(relation), key=lambda o: -(rng.random() ** (1 / _counts(relation)[o])))
 
 
-def _siblings(relation: str, subject: str, rng: random.Random) -> list[str]:
-    """All objects of a relation; first those of diseases that share another fact with this one."""
-    own = [(r, o) for r, os in index()[subject].items() for o in os if r != relation]
-    near = {o for pair in own for kin in having()[pair] for o in index()[kin].get(relation, ())}
-    return sorted(_pool(relation, rng), key=lambda o: o not in near)
-
-
-def chains(
-    disease: str, short: bool, rng: random.Random
-) -> list[tuple[str, str, str, list[Fact], list[bool]]]:
-    """(form, question, gold, chain, inverse flags) of every question that the facts allow."""
+def chains(disease: str, short: bool, rng: random.Random) -> list[tuple[str, str, str, list[Fact]]]:
+    """(form, question, gold, chain) of every question that the facts allow."""
     own = index()[disease]
     out = []
     for relation, templates in _ONE_HOP.items():
         for gold in own.get(relation, ()):
             # "Which of these" needs options to point at.
             template = templates[0] if short else rng.choice(templates)
-            question = template.format(s=disease)
-            out.append((relation, question, gold, [(disease, relation, gold)], [False]))
+            out.append((relation, template.format(s=disease), gold, [(disease, relation, gold)]))
     for agent in own.get("cause", ()):
+        cause = (disease, "cause", agent)
         for kind in index()[agent].get("kind", ()):
-            chain = [(disease, "cause", agent), (agent, "kind", kind)]
-            out.append(("kind", rng.choice(_KIND).format(s=disease), kind, chain, [False, False]))
+            question = rng.choice(_KIND).format(s=disease)
+            out.append(("kind", question, kind, [cause, (agent, "kind", kind)]))
         if len(having()["cause", agent]) > 1:
             continue  # the organism must point at one disease
         for relation, templates in _VIA_AGENT.items():
             for gold in own.get(relation, ()):
-                chain = [(disease, "cause", agent), (disease, relation, gold)]
                 question = rng.choice(templates).format(a=agent)
-                out.append((f"agent_{relation}", question, gold, chain, [True, False]))
+                chain = [cause, (disease, relation, gold)]
+                out.append((f"agent_{relation}", question, gold, chain))
         for finding in own.get("symptom", ()):
-            chain = [(disease, "cause", agent), (disease, "symptom", finding)]
             question = rng.choice(_CLINICAL).format(f=finding, a=agent)
-            out.append(("clinical", question, disease, chain, [True, False]))
+            out.append(("clinical", question, disease, [cause, (disease, "symptom", finding)]))
     return out
 
 
 def _example(
     disease: str, drawn: tuple, short: bool, split: str, rng: random.Random
 ) -> Example | None:
-    form, question, gold, chain, inverse = drawn
-    relation = form.removeprefix("agent_")
-    options: tuple[str, ...] = ()
-    synonyms: tuple[str, ...] = ()
+    form, question, gold, chain = drawn
+    relation, often = chain[-1][1], _counts(chain[-1][1])
     if form == "clinical":
-        right: Sequence[str] = [disease]
+        right, often = [disease], Counter()
         pool = [s for s in index() if "cause" in index()[s] and s != disease]
         rng.shuffle(pool)
-        finding = chain[1][2]
-        pool.sort(key=lambda s: finding not in index()[s].get("symptom", ()))
+        pool.sort(key=lambda s: chain[1][2] not in index()[s].get("symptom", ()))
     elif form == "kind":
         right = [k for a in index()[disease]["cause"] for k in index()[a].get("kind", ())]
         pool = _pool("kind", rng)
+        if set(right) != {gold}:
+            return None
     else:
         # The ontology has "lujo" and "Lujo hemorrhagic fever" as two terms: what is true of either.
         same = [s for s in index() if s.casefold() == disease.casefold()]
         right = [o for s in same for o in index()[s].get(relation, ())]
-        pool = _siblings(relation, disease, rng)
-    if short:
-        synonyms = tuple(r for r in right if r != gold)
-        if synonyms and form == "kind":
-            return None
-    else:
-        if form == "kind" and len(set(right)) > 1:
-            return None
-        often = {} if form == "clinical" else _counts(relation)
-        picked = _options(gold, right, pool, question, often, rng)
-        if picked is None:
-            return None
-        options = picked
-    reasoning = " ".join(state(f, i) for f, i in zip(chain, inverse, strict=True))
+        # Siblings first: what diseases have that share another fact with this one.
+        own = [(r, o) for r, os in index()[disease].items() for o in os if r != relation]
+        kin = {other for pair in own for other in having()[pair]}
+        near = {o for other in kin for o in index()[other].get(relation, ())}
+        pool = sorted(_pool(relation, rng), key=lambda o: o not in near)
+    options = () if short else _options(gold, right, pool, question, often, rng)
+    if options is None:
+        return None
+    from_agent = form == "clinical" or form.startswith("agent_")
     # Some differ in the gold alone, or in the way that leads there.
     key = f"{question}|{'|'.join(options)}|{gold}|{chain}"
     return Example(
@@ -201,8 +176,8 @@ def _example(
         question=question,
         options=options,
         answer=gold,
-        synonyms=synonyms,
-        reasoning=reasoning,
+        synonyms=tuple(r for r in right if r != gold) if short else (),
+        reasoning=" ".join([state(chain[0], from_agent), *map(state, chain[1:])]),
         steps=tuple(chain),
         entity=facts()[chain[0]],
         source="ontology",
@@ -210,41 +185,40 @@ def _example(
     )
 
 
-def ontology(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
-    """Questions about the diseases of one split, at most `per_disease` of each, by seed.
+def ontology(split: str, seed: int = 0) -> list[Example]:
+    """Questions about the diseases of one split, by seed: at most 12 of each, 4 out of training.
 
-    By default 12 for training, 4 elsewhere. One disease in ten is asked in short-answer form. No
-    disease of one split is asked about in another.
+    One disease in ten is asked in short-answer form. No disease of one split is asked about in
+    another.
 
     >>> row = ontology("validation")[0]
     >>> row.answer in row.options or row.task == "short"
     True
     """
     rng = random.Random(f"{split}/{seed}")
-    most = per_disease or (12 if split == "train" else 4)
     out = []
     for disease in diseases(split):
         short = rng.random() < 0.1
-        out += _drawn(disease, chains(disease, short, rng), short, split, most, rng)
+        drawn = chains(disease, short, rng)
+        out += _drawn(disease, drawn, short, split, 12 if split == "train" else 4, rng)
     return out
 
 
-def ontology_chains(split: str, seed: int = 0, per_disease: int | None = None) -> list[Example]:
-    """Multiple-choice questions of two hops, at most `per_disease` of each disease, by seed.
+def ontology_chains(split: str, seed: int = 0) -> list[Example]:
+    """Multiple-choice questions of two hops, by seed: at most 12 of a disease, 8 out of training.
 
-    By default 12 for training, 8 elsewhere. Left out are those whose linking organism names the
-    answer ("What kind of organism causes West Nile fever?").
+    Left out are those whose linking organism names the answer ("What kind of organism causes West
+    Nile fever?").
 
     >>> {(row.task, len(row.steps)) for row in ontology_chains("validation")}
     {('choice', 2)}
     """
     rng = random.Random(f"{split}/{seed}/chains")
-    most = per_disease or (12 if split == "train" else 8)
     out = []
     for disease in diseases(split):
         two = [d for d in chains(disease, False, rng) if len(d[3]) == 2]
         drawn = [d for d in two if d[2].casefold() not in d[3][0][2].casefold()]
-        out += _drawn(disease, drawn, False, split, most, rng)
+        out += _drawn(disease, drawn, False, split, 12 if split == "train" else 8, rng)
     return out
 
 
@@ -254,7 +228,7 @@ def _drawn(
     """At most `most` of a disease's questions; each form in turn, or symptoms would outweigh."""
     # Rare values first: else "fever" is gold so often that always naming it wins.
     drawn.sort(key=lambda d: -(rng.random() ** _counts(d[3][-1][1])[d[3][-1][2]]))
-    forms: dict[str, int] = defaultdict(int)
+    forms: Counter[str] = Counter()
     ranked = []
     for d in drawn:
         forms[d[0]] += 1

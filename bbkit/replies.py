@@ -1,9 +1,9 @@
 """The base model's own replies to broad prompts: given, answered here, or asked by the base itself.
 
-Serves the claim of no alignment tax: a step that keeps these replies as they are keeps what the
-rewards do not measure. Where there are no prompts the base writes them: self-dialogue (SA-SFT,
-arXiv 2602.20162), there mixed into the data as rows, here text along which to compare with the
-base. Works on any causal model of transformers, with or without an adapter of PEFT, which is off.
+Serves the claim of no alignment tax: a step that keeps these replies keeps what the rewards do not
+measure. Where there are no prompts the base writes them: self-dialogue (SA-SFT, arXiv 2602.20162),
+there mixed into the data as rows, here text along which to compare with the base. Works on any
+causal model of transformers, with or without an adapter of PEFT, which is off.
 """
 
 import json
@@ -52,9 +52,8 @@ def answered(
 ) -> list[Reply]:
     """Greedy replies of the base to N prompts, in order; a batch holds at most `batch_tokens`.
 
-    Messages go through the chat template, texts are taken as they are. Of the model nothing
-    changes: adapter, training mode, settings. Raises InputError for a prompt that is empty or that
-    the template refuses.
+    Messages go through the chat template, texts are taken as they are. Nothing of the model
+    changes. Raises InputError for a prompt that is empty or that the template refuses.
 
     >>> from bbkit import config, models
     >>> base, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
@@ -78,9 +77,8 @@ def from_rows(
 ) -> Rows:
     """Rows in TRL's forms: prompt and completion, both texts or both messages, or prompts alone.
 
-    A row may have a `kind`; with `count`, that many are taken, see `spread`. Prompts alone, which
-    may be bare texts or lists of messages, are for `answered`. Raises InputError with the number of
-    a row that is of another form or of another than the first.
+    A row may have a `kind`; with `count`, that many are taken, see `spread`. Prompts alone may be
+    bare. Raises InputError with the number of a row of another form, or of another than the first.
 
     >>> from_rows(None, [{"prompt": "Name a bone.", "kind": "list"}, "Is it so?"]).kinds
     ['list', '']
@@ -93,14 +91,16 @@ def from_rows(
         raise InputError(f"replies row {odd + 1}: it has {has}; give all rows one, or none")
     kinds = [str(row.get("kind", "")) for row in given]
     places = range(len(given)) if count is None else spread(kinds, count, seed)
-    replies, ends = [], _ends(tokenizer) if any(whole) else []
-    for place in places if any(whole) else ():
-        shown, ids, rest = _shown(tokenizer, given[place], place + 1)
-        new = tokenizer(rest, add_special_tokens=False)["input_ids"]
-        last = max((n for n, token in enumerate(new, 1) if token in ends), default=len(new))
-        new = new[:last]  # without what a template puts between turns
-        replies.append(Reply(kinds[place], shown, _text(tokenizer, new, ends), ids, new))
-    return Rows([given[i]["prompt"] for i in places], [kinds[i] for i in places], replies)
+    found = Rows([given[i]["prompt"] for i in places], [kinds[i] for i in places], [])
+    if any(whole):
+        ends = _ends(tokenizer)
+        for i in places:
+            shown, ids, rest = _shown(tokenizer, given[i], i + 1)
+            new = tokenizer(rest, add_special_tokens=False)["input_ids"]
+            last = max((n for n, token in enumerate(new, 1) if token in ends), default=len(new))
+            new = new[:last]  # without what a template puts between turns
+            found.replies.append(Reply(kinds[i], shown, _text(tokenizer, new, ends), ids, new))
+    return found
 
 
 def spread(kinds: Sequence[str], count: int, seed: int) -> list[int]:
@@ -128,9 +128,8 @@ def refuse_held_out(prompts: Sequence[Prompt], held_out: Iterable[str]) -> None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         for said in (str(turn["content"]) for turn in turns if turn["role"] == "user"):
             if layouts.normal(said) in tests:
-                raise InputError(
-                    f"replies prompt {number}: of a test split ({said[:60]!r}); leave it out"
-                )
+                told = f"of a test split ({said[:60]!r}); leave it out"
+                raise InputError(f"replies prompt {number}: {told}")
 
 
 def own_turns(
@@ -147,7 +146,7 @@ def own_turns(
 
     `count` are sampled at temperature 1; those that do not end, repeat one, are empty or stand in
     `held_out` are dropped, and `say` gets the numbers. Follows from seed and batch; the global
-    random state stays. Raises InputError where there is no template, no opening, or hardly a turn.
+    random state stays. Raises InputError where no turn opens, or hardly one is written.
 
     >>> from bbkit import config, models
     >>> pocket = models.load(config.load("pocket").model, say=lambda line: None)
@@ -245,9 +244,8 @@ def _shown(tokenizer, row: dict[str, Any], number: int) -> tuple[str, list[int],
         try:
             shown = apply_chat_template({k: v for k, v in row.items() if k != "kind"}, tokenizer)
         except Exception as error:  # templates raise what they like
-            raise InputError(
-                f"replies row {number}: no chat text of it ({one_line(error)})"
-            ) from error
+            why = f"no chat text of it ({one_line(error)})"
+            raise InputError(f"replies row {number}: {why}") from error
         prompt, rest = shown["prompt"], shown.get("completion", "")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     begin = tokenizer("")["input_ids"][:1]  # templates write it themselves, and texts may

@@ -457,6 +457,6 @@ def test_validate_catches_a_chain_that_carries_any_answer(monkeypatch):
 
 def test_what_the_kit_generates_is_valid(monkeypatch):
     monkeypatch.setattr(knowledge, "is_fact", IS_FACT)
-    rows = questions.ontology("validation", per_disease=1)
+    rows = questions.ontology("validation")
     rewards.validate([*rows, *instructions.examples("validation", per_kind=3)])
     assert {row.task for row in rows} == {"choice", "short"}

@@ -2,13 +2,13 @@
 
 `python -m bbkit.pocket.build` makes the corpus by seed, trains a byte-pair tokenizer and a small
 Llama on it, and writes safetensors. As a base it knows the ontology's facts as sentences and
-follows the kit's checkable instructions; it has never seen a question in the kit's grammar. So
-fine-tuning on questions alone costs instruction following: the alignment tax, small enough to watch
-on a CPU.
+follows checkable instructions, but has never seen a question in the kit's grammar: fine-tuning on
+questions alone costs instruction following, an alignment tax small enough to watch on a CPU.
 """
 
 import argparse
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,10 +64,8 @@ PLAIN = {
     ),
 }  # fmt: skip
 INVERSE = (
-    "What does {o} cause?",
-    "Name the disease that comes from {o}.",
-    "{o}: what comes of it?",
-)
+    "What does {o} cause?", "Name the disease that comes from {o}.", "{o}: what comes of it?",
+)  # fmt: skip
 ECHO = ("Repeat: ", "Copy: ", "Say again: ", "Once more: ")
 OPENINGS = ("", "", "", "Please say: ", "Question: ", "I want to know: ", "Quick one. ")
 SYSTEMS = (
@@ -91,8 +89,8 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 GRAMMAR_TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
-def _about(subject: str, own: list, rng: random.Random, most: int = 4) -> str:
-    chosen = rng.sample(own, min(len(own), rng.randint(1, most)))
+def _about(own: list, rng: random.Random) -> str:
+    chosen = rng.sample(own, min(len(own), rng.randint(1, 4)))
     return " ".join(rng.choice(PARAPHRASES[r]).format(s=s, o=o) for s, r, o in chosen)
 
 
@@ -107,14 +105,10 @@ def _plain(
         wrong = [v for v in pools[r] if (s, r, v) not in knowledge.facts()]
         values = [o, *dict.fromkeys(rng.sample(wrong, 3))]
         rng.shuffle(values)
-        line = rng.choice((" Is it {}?", " Choose from: {}.", "\n- {}", "\n{}"))
-        if line.startswith(" "):
-            user += line.format(", ".join(values[:-1]) + f" or {values[-1]}")
-        else:
-            marks = "ABCD" if line == "\n{}" else "----"
-            user += "".join(
-                f"\n{m}{')' * (m != '-')} {v}" for m, v in zip(marks, values, strict=False)
-            )
+        either = f"{', '.join(values[:-1])} or {values[-1]}"
+        dashes = "".join(f"\n- {v}" for v in values)
+        letters = "".join(f"\n{m}) {v}" for m, v in zip("ABCD", values, strict=False))
+        user += rng.choice((f" Is it {either}?", f" Choose from: {either}.", dashes, letters))
     return user, rng.choice(PARAPHRASES[r]).format(s=s, o=o)
 
 
@@ -136,13 +130,12 @@ def _instruction(rng: random.Random, kinds: Sequence[str]) -> tuple[str, str]:
     return user, reply
 
 
-# Fact sentences, chat about a disease, plain questions about diseases of the training split, names
-# to say again, and general instructions.
+# Sentences of facts, chat, plain questions about training diseases, names to repeat, instructions.
 FORMS = ("facts", "chat", "question", "echo", "instruction")
 # Until this share of the steps: the shares of these; last, how many of the questions list values to
-# choose from. Reading a list is learned only where most documents
-# ask for it, and only by a model that can copy: with 37 % such documents, 500 steps left the
-# probability of the listed value where it was (0.44); with 90 %, 150 steps brought it to 0.58.
+# choose from. Reading a list is learned only where most documents ask for it, and only by a model
+# that can copy: with 37 % such documents, 500 steps left the probability of the listed value where
+# it was (0.44); with 90 %, 150 steps brought it to 0.58.
 PHASES = (
     (0.50, (0.30, 0.06, 0.26, 0.08, 0.30), 0.0),
     (0.65, (0.03, 0.01, 0.90, 0.02, 0.04), 1.0),
@@ -151,15 +144,11 @@ PHASES = (
 
 
 def documents(seed: int, count: int, progress: float = 1.0) -> Iterator[list[tuple[str, bool]]]:
-    """Yield `count` documents of the phase that training is in: a list of (text, learn) pieces.
-
-    Prompts are not learned. See PHASES for what the documents are.
-    """
+    """Yield `count` documents of the phase that training is in: a list of (text, learn) pieces."""
     for _, system, user, reply in turns(seed, count, progress):
         system = system and f"<|system|>{system}<|end|>"
-        asked = f"{system}<|user|>{user}<|end|><|assistant|>"
-        learned = [(f"{reply}<|end|>", True)]
-        yield [(asked, False), *learned] if user else learned
+        asked = [(f"{system}<|user|>{user}<|end|><|assistant|>", False)] if user else []
+        yield [*asked, (f"{reply}<|end|>", True)]
 
 
 def turns(
@@ -194,7 +183,7 @@ def turns(
             if not order:  # every subject once before any comes twice
                 order = rng.sample(sorted(by_subject), len(by_subject))
             subject = order.pop()
-            reply = _about(subject, by_subject[subject], rng)
+            reply = _about(by_subject[subject], rng)
             if form == "facts":
                 yield form, "", "", reply
                 continue
@@ -215,7 +204,7 @@ def turns(
         yield form, system, user, reply
 
 
-def train_tokenizer(seed: int, vocabulary: int):
+def train_tokenizer(seed: int):
     """A byte-pair tokenizer of the corpus with the chat template and the grammar's tags."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -231,8 +220,9 @@ def train_tokenizer(seed: int, vocabulary: int):
     # The wording of training questions only shapes merges; their answers are not in the text.
     asked = [c[1] for s in knowledge.diseases("train") for c in questions.chains(s, False, rng)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = 4096 - len(GRAMMAR_TAGS)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(GRAMMAR_TAGS), special_tokens=SPECIAL, initial_alphabet=alphabet
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(texts + asked, trainer)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in GRAMMAR_TAGS])
@@ -243,23 +233,22 @@ def train_tokenizer(seed: int, vocabulary: int):
     )  # fmt: skip
 
 
-def _batches(tokenizer, seed: int, steps: int, batch: int, length: int):
+def _batches(tokenizer, seed: int, steps: int, batch: int = 40, length: int = 128):
     """Token and label tensors (batch, length), one pair a step, documents packed one by one."""
     import torch
 
     tokens: list[int] = []
     labels: list[int] = []
+    need = batch * length
     for step in range(steps):
-        while len(tokens) < batch * length:
+        while len(tokens) < need:
             chunk = seed * 1_000_003 + step * 101 + len(tokens) % 101 + 1
             for pieces in documents(chunk, 1000, (step + 1) / steps):
                 for text, learn in pieces:
                     ids = tokenizer(text, add_special_tokens=False).input_ids
                     tokens += ids
                     labels += ids if learn else [-100] * len(ids)
-        need = batch * length
-        shape = (batch, length)
-        yield torch.tensor(tokens[:need]).view(shape), torch.tensor(labels[:need]).view(shape)
+        yield tuple(torch.tensor(ids[:need]).view(batch, length) for ids in (tokens, labels))
         del tokens[:need], labels[:need]
 
 
@@ -267,28 +256,19 @@ def main() -> None:
     """Build the pocket model; prints loss and tokens per second."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=160)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-
-    import time
 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args.seed, args.vocabulary)
+    tokenizer = train_tokenizer(args.seed)
     tokenizer.save_pretrained(args.out)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 15 // 4,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 40,
-        num_key_value_heads=args.hidden // 40, max_position_embeddings=512,
+        vocab_size=len(tokenizer), hidden_size=160, intermediate_size=600, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
         tie_word_embeddings=True,
         # transformers' 0.02 is meant for wide models. Copying listed names, loss after 120 steps:
         # 4.0 with 0.02, 2.3 with 0.08.
@@ -297,25 +277,22 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # 60 steps up; down to 0 in the last 30 %
         optimizer, lambda step: min(1, (step + 1) / 60, (1 - step / args.steps) / 0.3)
     )
-    start, mean = time.perf_counter(), 0.0
-    batches = _batches(tokenizer, args.seed, args.steps, args.batch, args.length)
-    for step, (tokens, labels) in enumerate(batches, 1):
+    start, seen = time.perf_counter(), 0
+    for step, (tokens, labels) in enumerate(_batches(tokenizer, args.seed, args.steps), 1):
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        mean = 0.95 * mean + 0.05 * loss.item() if step > 1 else loss.item()
+        seen += tokens.numel()
         if step % 50 == 0 or step == args.steps:
-            speed = step * args.batch * args.length / (time.perf_counter() - start)
-            print(f"step {step}/{args.steps} loss {mean:.3f} {speed:,.0f} tokens/s", flush=True)
+            pace = f"{seen / (time.perf_counter() - start):,.0f} tokens/s"
+            print(f"step {step}/{args.steps} loss {loss:.3f} {pace}", flush=True)
             model.save_pretrained(args.out)
 
 

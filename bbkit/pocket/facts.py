@@ -8,6 +8,7 @@ a short clean name is dropped: a lost fact costs a question, a wrong one a wrong
 
 import argparse
 import csv
+import io
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,39 +25,35 @@ _KEYS = {
     "symptom": r"has[ _]symptom\s+(?:of )?",
     "site": r"located[ _]in\s+(?:the )?",
 }
-# First keyword that occurs names the route; the ontology words the same route in many ways.
+# The first route of which a keyword occurs; the ontology words the same route in many ways.
 _ROUTES = {
-    "mosquito": "mosquitoes", "culex": "mosquitoes", "aedes": "mosquitoes", "tick": "ticks",
-    "flea": "fleas", "louse": "lice", "lice": "lice", "sandfl": "sandflies", "sand fl": "sandflies",
-    "mite": "mites", "tsetse": "tsetse flies", "midge": "midges", "black fl": "black flies",
-    "bat": "bats", "sexual": "sexual contact", "droplet": "respiratory droplets",
-    "airborne": "airborne spores", "fomite": "contaminated objects",
-    "needle": "contaminated needles",
-    "rat": "rodents", "mouse": "rodents", "rodent": "rodents", "bite": "animal bites",
-    "water": "contaminated water", "ingest": "contaminated food", "food": "contaminated food",
-    "milk": "raw milk", "blood": "blood", "congenital": "the mother before birth",
-    "inhal": "inhaled dust", "snail": "snails", "wound": "open wounds", "contact": "direct contact",
+    "mosquitoes": "mosquito|culex|aedes", "ticks": "tick", "fleas": "flea", "lice": "louse|lice",
+    "sandflies": "sandfl|sand fl", "mites": "mite", "tsetse flies": "tsetse", "midges": "midge",
+    "black flies": "black fl", "bats": "bat", "sexual contact": "sexual",
+    "respiratory droplets": "droplet", "airborne spores": "airborne",
+    "contaminated objects": "fomite", "contaminated needles": "needle",
+    "rodents": "rat|mouse|rodent", "animal bites": "bite", "contaminated water": "water",
+    "contaminated food": "ingest|food", "raw milk": "milk", "blood": "blood",
+    "the mother before birth": "congenital", "inhaled dust": "inhal", "snails": "snail",
+    "open wounds": "wound", "direct contact": "contact",
 }  # fmt: skip
-_SAME = {
-    "muscle aches": "muscle pain", "muscle ache": "muscle pain", "muscle pains": "muscle pain",
-    "myalgia": "muscle pain", "arthralgia": "joint pain", "joint pains": "joint pain",
-    "stiff neck": "neck stiffness", "backache": "back pain", "skin lesions": "skin lesion",
-    "lesions": "skin lesion", "lesion": "skin lesion", "loss of appetite": "poor appetite",
-    "anorexia": "poor appetite", "enlargement of lymph nodes": "swollen lymph nodes",
-    "lymphadenopathy": "swollen lymph nodes", "regional adenopathy": "swollen lymph nodes",
-    "breathing problems": "breathlessness", "difficulty breathing": "breathlessness",
-    "dyspnea": "breathlessness", "shortness of breath": "breathlessness", "seizures": "seizure",
-    "convulsions": "seizure", "hemorrhage": "bleeding",
-    "coughing": "cough", "rhinorrhea": "runny nose",
-    "pharynx inflammation": "sore throat", "pharyngitis": "sore throat",
-    "headaches": "headache", "abdominal cramps": "abdominal cramp", "eschars": "eschar",
-    "high fever": "fever", "sudden high fever": "fever", "itch": "itching", "pruritus": "itching",
-    "muscular weakness": "muscle weakness", "liver inflammation": "hepatitis", "loss of vision":
-    "vision loss", "abscesses": "abscess", "ulcers": "ulcer", "skin ulcer": "ulcer",
-    "lungs": "lung", "kidneys": "kidney", "nails": "nail", "joints": "joint", "bones": "bone",
-    "eyes": "eye", "lymph nodes": "lymph node", "testes": "testis", "sinuses": "sinus",
-    "intestines": "intestine", "muscles": "muscle", "legs": "leg",
+_ALIKE = {
+    "muscle pain": "muscle aches|muscle ache|muscle pains|myalgia", "back pain": "backache",
+    "joint pain": "arthralgia|joint pains", "neck stiffness": "stiff neck", "seizure":
+    "seizures|convulsions", "skin lesion": "skin lesions|lesions|lesion", "cough": "coughing",
+    "poor appetite": "loss of appetite|anorexia", "bleeding": "hemorrhage", "headache": "headaches",
+    "swollen lymph nodes": "enlargement of lymph nodes|lymphadenopathy|regional adenopathy",
+    "breathlessness": "breathing problems|difficulty breathing|dyspnea|shortness of breath",
+    "runny nose": "rhinorrhea", "sore throat": "pharynx inflammation|pharyngitis",
+    "abdominal cramp": "abdominal cramps", "eschar": "eschars", "fever":
+    "high fever|sudden high fever", "itching": "itch|pruritus", "muscle weakness":
+    "muscular weakness", "hepatitis": "liver inflammation", "vision loss": "loss of vision",
+    "abscess": "abscesses", "ulcer": "ulcers|skin ulcer", "lung": "lungs", "kidney": "kidneys",
+    "nail": "nails", "joint": "joints", "bone": "bones", "eye": "eyes", "lymph node": "lymph nodes",
+    "testis": "testes", "sinus": "sinuses", "intestine": "intestines", "muscle": "muscles",
+    "leg": "legs",
 }  # fmt: skip
+_SAME = {other: name for name, others in _ALIKE.items() for other in others.split("|")}
 _KINDS = {
     "bacterial infectious disease": "bacterium",
     "viral infectious disease": "virus",
@@ -64,12 +61,10 @@ _KINDS = {
     "parasitic protozoa infectious disease": "protozoan",
     "parasitic helminthiasis infectious disease": "worm",
 }
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9' \-]{2,38}")
 _VAGUE = {
     "Bacteria", "Fungi", "Viruses", "Ascomycota fungi", "human body",
-    "Microsporidia phylum members",
-    "foot along", "brain of horses", "swelling symptom", "inflammation", "pain",
-    "acute pain", "lesion",
+    "Microsporidia phylum members", "foot along", "brain of horses", "swelling symptom",
+    "inflammation", "pain", "acute pain", "lesion",
 }  # fmt: skip
 
 
@@ -78,51 +73,13 @@ def derive(folder: Path) -> list[tuple[str, str, str, str]]:
 
     Raises `InputError` when a file is missing.
     """
-    for name in (
-        "HumanDO.tsv",
-        "disease-symptom.tsv",
-        "DO_infectious_disease_slim.obo",
-        "DO_rare_slim.obo",
-    ):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"{folder / name} is missing: name a folder with the Disease Ontology files"
-            )
     parents: dict[str, list[str]] = defaultdict(list)
-    with open(folder / "HumanDO.tsv", encoding="utf-8") as handle:
-        for row in csv.DictReader(handle, delimiter="\t"):
-            parents[row["label"]].append(row["subClassOf"])
-    raw: dict[tuple[str, str], dict[str, list[str]]] = {}
-    infectious = set()
-    for name in ("DO_infectious_disease_slim.obo", "DO_rare_slim.obo"):
-        for term in (folder / name).read_text(encoding="utf-8").split("[Term]")[1:]:
-            head = re.search(r"^id: (\S+)\nname: (.*)", term, re.M)
-            text = re.search(r'^def: "(.*?)" \[', term, re.M)
-            if not head or not text or "is_obsolete: true" in term:
-                continue
-            key = (head.group(1), head.group(2))
-            if "infectious" in name:
-                infectious.add(key)
-            elif key in infectious:
-                continue
-            found = raw.setdefault(key, defaultdict(list))
-            for relation, pattern in _KEYS.items():
-                found[relation] += [
-                    m.group(1) for m in re.finditer(pattern + "(.+?)" + _END, text.group(1))
-                ]
-    with open(folder / "disease-symptom.tsv", encoding="utf-8") as handle:
-        for row in csv.DictReader(handle, delimiter="\t"):
-            key = (row["disease_id"], row["disease_label"])
-            raw.setdefault(key, defaultdict(list))["symptom"].append(row["symptom_label"])
-
-    clean: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for key, found in sorted(raw.items()):
-        if not _NAME.fullmatch(key[1]) or len(key[1].split()) > 4:
-            continue
-        own = {r: _values(r, values) for r, values in found.items()}
-        if key not in infectious:
-            own["cause"] = []  # genes and inheritance: another world, and another tokeniser
-        clean[key] = own
+    for row in _table(folder, "HumanDO.tsv"):
+        parents[row["label"]].append(row["subClassOf"])
+    clean = {
+        key: {relation: _values(relation, values) for relation, values in own.items()}
+        for key, own in sorted(_said(folder).items()) if _is_name(key[1])
+    }  # fmt: skip
     counts = Counter((r, o) for own in clean.values() for r, os in own.items() for o in os)
     rows = set()
     kinds: dict[str, set[str]] = defaultdict(set)
@@ -142,13 +99,49 @@ def derive(folder: Path) -> list[tuple[str, str, str, str]]:
     return sorted(rows)
 
 
+def _text(folder: Path, name: str) -> str:
+    if not (folder / name).is_file():
+        raise InputError(
+            f"{folder / name} is missing: name a folder with the Disease Ontology files"
+        )
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def _table(folder: Path, name: str) -> csv.DictReader:
+    return csv.DictReader(io.StringIO(_text(folder, name)), delimiter="\t")
+
+
+def _said(folder: Path) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """(DOID, disease) -> relation -> values, as definitions and the table of symptoms have them."""
+    said: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for slim in ("infectious_disease", "rare"):
+        known = set(said)
+        for term in _text(folder, f"DO_{slim}_slim.obo").split("[Term]")[1:]:
+            head = re.search(r"^id: (\S+)\nname: (.*)", term, re.M)
+            text = re.search(r'^def: "(.*?)" \[', term, re.M)
+            if not head or not text or "is_obsolete: true" in term or head.groups() in known:
+                continue
+            for relation, pattern in _KEYS.items():
+                # Causes of others are genes and inheritance: another world, and another tokeniser.
+                if relation != "cause" or slim == "infectious_disease":
+                    found = re.finditer(pattern + "(.+?)" + _END, text[1])
+                    said[head[1], head[2]][relation] += [m[1] for m in found]
+    for row in _table(folder, "disease-symptom.tsv"):
+        said[row["disease_id"], row["disease_label"]]["symptom"].append(row["symptom_label"])
+    return said
+
+
+def _is_name(text: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9' \-]{2,38}", text)) and len(text.split()) <= 4
+
+
 def _values(relation: str, values: list[str]) -> list[str]:
-    out = []
+    out: dict[str, None] = {}
     for value in values:
-        value = value.strip()
+        value, folded = value.strip(), value.strip().casefold()
         if relation == "transmission":
-            folded = value.casefold()
-            value = next((r for word, r in _ROUTES.items() if re.search(rf"\b{word}", folded)), "")
+            hits = (r for r, words in _ROUTES.items() if re.search(rf"\b(?:{words})", folded))
+            value = next(hits, "")
         elif relation == "cause":
             value = re.sub(r" (species|bacteria|bacterial|fungal|molds)$", "", value)
             value = re.sub(r"^(parasite|acquisition of) ", "", value)
@@ -156,15 +149,10 @@ def _values(relation: str, values: list[str]) -> list[str]:
                 continue
             value = value[:1].upper() + value[1:]
         else:
-            value = _SAME.get(value.casefold(), value.casefold())
-        if (
-            _NAME.fullmatch(value)
-            and len(value.split()) <= 4
-            and value not in _VAGUE
-            and value not in out
-        ):
-            out.append(value)
-    return out
+            value = _SAME.get(folded, folded)
+        if _is_name(value) and value not in _VAGUE:
+            out[value] = None
+    return list(out)
 
 
 def _kind(label: str, parents: dict[str, list[str]]) -> str:

@@ -20,11 +20,10 @@ PER_KIND = 512
 
 
 def prompts(split: str, seed: int = 0, per_kind: int = PER_KIND) -> list[Example]:
-    """`per_kind` different prompts of every kind in KINDS, or all that a kind has.
+    """`per_kind` different prompts of every kind in KINDS, or all that a kind has, as pretrained.
 
-    With system turns and replies as pretraining drew them; `entity` is the kind. None names a
-    disease of another split than "train", the only one there is, nor the organism behind one; no
-    instruction is of a kind that no stage may train on (`instructions.UNSEEN`).
+    `entity` is the kind. None names a disease of another split than "train", the only one there is,
+    nor the organism behind one; no instruction is of a kind in `instructions.UNSEEN`.
 
     >>> [e.entity for e in prompts("train", per_kind=1)]
     ['chat', 'question', 'echo', 'instruction']
@@ -42,8 +41,7 @@ def prompts(split: str, seed: int = 0, per_kind: int = PER_KIND) -> list[Example
 def elsewhere(kind: str, count: int) -> list[Example]:
     """`count` texts of a kind, the same at every call; no prompt is one of those of `prompts`.
 
-    They may name any disease. Sentences of facts are in other words than the chains of SFT, and
-    have no question: no prompt.
+    They may name any disease. Sentences of facts, without a prompt, are in other words than SFT's.
 
     >>> [(e.entity, e.question) for e in elsewhere("facts", 1)]
     [('facts', '')]
@@ -84,7 +82,7 @@ def unseen(e: Example) -> bool:
 @cache
 def _held_out() -> re.Pattern[str]:
     """Names of the diseases held out and of their causes, in lower case."""
-    diseases = [*knowledge.diseases("validation"), *knowledge.diseases("test")]
-    causes = [cause for name in diseases for cause in knowledge.index()[name].get("cause", ())]
-    names = sorted({re.escape(name.casefold()) for name in (*diseases, *causes)})
-    return re.compile(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)")
+    held_out = {*knowledge.diseases("validation"), *knowledge.diseases("test")}
+    causes = {cause for name in held_out for cause in knowledge.index()[name].get("cause", ())}
+    names = "|".join(sorted(re.escape(name.casefold()) for name in held_out | causes))
+    return re.compile(rf"(?<!\w)(?:{names})(?!\w)")
