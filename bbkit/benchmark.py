@@ -5,7 +5,6 @@
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bbkit import files, record
 from bbkit.errors import InputError, exit_code
@@ -52,8 +52,9 @@ def _main(args: argparse.Namespace) -> int:
     completions = args.prompts * args.generations
     if not args.retention and completions % args.sequences:
         raise InputError(f"--sequences {args.sequences} must divide a step's {completions}")
-    module = "retention_cost" if args.retention else "variants"
-    measured = importlib.import_module(f"bbkit.{module}")
+    from bbkit import retention_cost, variants
+
+    measured: Any = retention_cost if args.retention else variants
     if args.peak:
         print(measured.peak(args))
         return 0

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from bbkit import gradients, sampling, weighting
+from bbkit.config import Metric
 from bbkit.errors import InputError
 from bbkit.limits import Limits
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
-METRICS = ("euclidean", "adam", "step")
+METRICS = get_args(Metric)
 Asked = namedtuple("Asked", "advantages sigma_floor controller combination metric control")
 
 

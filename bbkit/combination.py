@@ -1,19 +1,21 @@
 """From the Gramian of the capabilities' gradients to the coefficients of the update.
 
 Serves the claim of gradient orthogonality: the neighbours that the paper is to be measured against
-(PCGrad, MGDA, CAGrad, UPGrad, Aligned-MTL: TorchJD's weightings) and our reading of it, projection
+(PCGrad, MGDA, UPGrad, Aligned-MTL: TorchJD's weightings) and our reading of it, projection
 of the preferred sum onto the dual cone; and the same for a step that an optimiser has made.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bbkit.errors import CannotRun, InputError
+from bbkit.config import Combination
+from bbkit.errors import InputError
 
-COMBINATIONS = ("sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dual_cone", "random")
+COMBINATIONS = get_args(Combination)
 
 
 def combine(gramian: Tensor, method: str, preference: Sequence[float] | Tensor | None = None):
@@ -69,14 +71,8 @@ def _weights(matrix: Tensor, method: str, wanted: Tensor) -> Tensor:
         chosen = aggregation.AlignedMTLWeighting(weights)(part)
     elif method == "pcgrad":
         chosen = aggregation.PCGradWeighting()(scaled) * weights
-    elif method == "mgda":
-        chosen = aggregation.MGDAWeighting(1e-6, 200)(part) * weights.sum()
     else:
-        try:
-            chosen = aggregation.CAGradWeighting(c=0.5)(scaled / scaled.diagonal().sum()) * weights
-        except ImportError as error:
-            raise CannotRun(f"combination cagrad: {error}") from error
-        chosen = chosen * len(weights)
+        chosen = aggregation.MGDAWeighting(1e-6, 200)(part) * weights.sum()
     coefficients = torch.zeros_like(wanted)
     coefficients[free] = chosen
     return coefficients

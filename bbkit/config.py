@@ -25,6 +25,9 @@ Listed = BeforeValidator(lambda v: yaml_value(f"[{v.strip('[]')}]") if isinstanc
 Names = Annotated[tuple[str, ...], Listed]  # --set gives them as a,b or [a, b]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"]
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Advantages = Literal["capability", "gdpo", "grpo", "dr_grpo"]
+Combination = Literal["sum", "pcgrad", "mgda", "upgrad", "aligned_mtl", "dual_cone", "random"]
+Metric = Literal["euclidean", "adam", "step"]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -115,12 +118,10 @@ class Grpo:
     weights: Weights = Weights()
     judge: Share = 0.0
     controller: Controller = Controller()
-    advantages: Literal["capability", "gdpo", "grpo", "dr_grpo"] = "grpo"
+    advantages: Advantages = "grpo"
     sigma_floor: Share = 0.1
-    combination: Literal[
-        "sum", "pcgrad", "mgda", "cagrad", "upgrad", "aligned_mtl", "dual_cone", "random"
-    ] = "sum"
-    metric: Literal["euclidean", "adam", "step"] = "euclidean"
+    combination: Combination = "sum"
+    metric: Metric = "euclidean"
     instruction_share: Share = 0.25
     updates_per_generation: Count = 1
     mask_truncated: bool = False

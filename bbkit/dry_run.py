@@ -4,6 +4,7 @@ Serves no claim: `python -m bbkit.train --dry-run`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -45,7 +46,33 @@ def show(
     if most <= room:
         print(f"fits: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}")
         return 0
-    changes = memory.mend(settings, dtype, room, kind, offline)
+    changes = mend(settings, dtype, room, kind, offline)
     advice = " ".join(f"--set {change}" for change in changes) or "take a smaller model"
     print(f"does not fit: {most / 1e9:.1f} of {room / 1e9:.1f} GB {where}; {advice}")
     return 0
+
+
+def mend(
+    settings: Settings, dtype: Any, room: int, kind: str = "cpu", offline: bool = False
+) -> list[str]:
+    """Settings that make the plan fit into `room` bytes, the cheapest first; [] if none do."""
+    from bbkit import memory
+
+    flat, said = config.leaves(config.to_dict(settings)), []
+    for key, value in (
+        ("model.quantization", "nf4"),
+        ("model.gradient_checkpointing", True),
+        ("sft.micro_batch_size", 1),
+        ("grpo.micro_batch_size", settings.grpo.generations),
+        ("sft.optimizer", "adamw_8bit"),
+        ("grpo.optimizer", "adamw_8bit"),
+        ("grpo.prompts", 4),
+    ):
+        if flat[key] == value or (type(value) is int and flat[key] < value):
+            continue
+        flat[key] = value
+        said.append(f"{key}={str(value).lower()}")
+        changed = memory.plan(config.from_dict(flat), dtype, kind, offline)
+        if max(stage["peak"] for stage in changed.values()) <= room:
+            return said
+    return []

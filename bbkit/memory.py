@@ -5,20 +5,24 @@ The arithmetic is of Llama-like decoders (Llama, Qwen2.5, SmolLM2, pocket); bbki
 compares it with peaks that were measured and that others published.
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import config, hub
-from bbkit.config import Model as ModelSettings
-from bbkit.config import Settings
+from bbkit import hub
 from bbkit.errors import CannotRun, InputError
 from bbkit.prompts import LOGITS
+
+if TYPE_CHECKING:
+    from bbkit.config import Model as ModelSettings
+    from bbkit.config import Settings
 
 CGROUP = Path("/sys/fs/cgroup")  # where a container's memory limit is written
 PROCESS = {"cpu": 0.75e9, "cuda": 0.6e9}  # Python with its libraries; a CUDA context
@@ -152,6 +156,7 @@ def plan(
     "peak" is their sum, but for the KV cache, which is gone when gradients come: the larger counts.
     Without the Hub the published dimensions serve for the models of the presets.
 
+    >>> from bbkit import config
     >>> found = plan(config.load("pocket"), torch.float32)["grpo"]
     >>> found["peak"] > found["activations"] > found["adapter"] > 0
     True
@@ -194,30 +199,6 @@ def plan(
         peak = sum(parts.values()) + max(sum(passing.values()), kv)
         out[stage] = parts | passing | {"kv_cache": kv, "peak": peak}
     return out
-
-
-def mend(
-    settings: Settings, dtype: torch.dtype, room: int, kind: str = "cpu", offline: bool = False
-) -> list[str]:
-    """Settings that make the plan fit into `room` bytes, the cheapest first; [] if none do."""
-    flat, said = config.leaves(config.to_dict(settings)), []
-    for key, value in (
-        ("model.quantization", "nf4"),
-        ("model.gradient_checkpointing", True),
-        ("sft.micro_batch_size", 1),
-        ("grpo.micro_batch_size", settings.grpo.generations),
-        ("sft.optimizer", "adamw_8bit"),
-        ("grpo.optimizer", "adamw_8bit"),
-        ("grpo.prompts", 4),
-    ):
-        if flat[key] == value or (type(value) is int and flat[key] < value):
-            continue
-        flat[key] = value
-        said.append(f"{key}={str(value).lower()}")
-        changed = plan(config.from_dict(flat), dtype, kind, offline)
-        if max(stage["peak"] for stage in changed.values()) <= room:
-            return said
-    return []
 
 
 def check(

@@ -4,10 +4,14 @@ Serves no claim. Seconds grow with the sequences of a stage and with the tokens 
 may write; another machine, longer texts or other work on this one change them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bbkit.config import Settings
+if TYPE_CHECKING:
+    from bbkit.config import Settings
 
 
 @dataclass(frozen=True)

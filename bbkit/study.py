@@ -89,7 +89,7 @@ def plan(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     spent = 0.0
     for row in left:
         settings = config.load(args.preset, None, _overrides(args, row))
-        told = minutes.estimate(args.preset, settings)
+        told = minutes.estimate(args.preset, settings, ("sft", "grpo", "evaluate"))
         if row.shared and told:  # base and SFT are there, evaluated
             told = {"grpo": told["grpo"], "evaluate": told["evaluate"] / 3}
         spent += sum(told.values())

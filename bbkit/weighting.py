@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from bbkit.config import Advantages
 from bbkit.errors import InputError
 
-SCHEMES = ("capability", "gdpo", "grpo", "dr_grpo")
+SCHEMES = get_args(Advantages)
 EPSILON = 1e-4  # TRL's, added to a standard deviation
 
 

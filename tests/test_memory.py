@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import config, memory, train
+from bbkit import config, dry_run, memory, train
 
 
 def peak(settings, **options) -> int:
@@ -100,12 +100,12 @@ def test_a_model_that_nobody_knows_is_an_error():
 def test_advice_is_enough_and_not_too_much():
     settings = config.load("pocket", overrides=["sft.micro_batch_size=32"])
     room = peak(settings) - 1
-    changes = memory.mend(settings, torch.float32, room)
+    changes = dry_run.mend(settings, torch.float32, room)
     assert changes
     values = ["sft.micro_batch_size=32", *changes]
     assert peak(config.load("pocket", overrides=values)) <= room
     assert peak(config.load("pocket", overrides=values[:-1])) > room
-    assert memory.mend(settings, torch.float32, 1000) == []
+    assert dry_run.mend(settings, torch.float32, 1000) == []
 
 
 @pytest.mark.parametrize(("card", "said"), [("24", "fits: "), ("2", "does not fit: ")])
