@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bbkit import gradients, sampling, weighting
+from bbkit import InputError, gradients, weighting
+from bbkit.combination import Limits
 from bbkit.config import Metric
-from bbkit.errors import InputError
-from bbkit.limits import Limits
+from bbkit.machine import sampling
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as Trainer
@@ -64,7 +64,7 @@ def capability_aware(
     (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
     (`gradients.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
     weighted sum goes to the optimiser, and the step that it makes of it is moved to the nearest
-    that lowers no capability to first order (`bbkit.limits`): the dual cone, of the step.
+    that lowers no capability to first order (`bbkit.combination`): the dual cone, of the step.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
     """
     for what, name, known in (

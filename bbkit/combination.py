@@ -5,15 +5,16 @@ Serves the claim of gradient orthogonality: the neighbours that the paper is to 
 of the preferred sum onto the dual cone; and the same for a step that an optimiser has made.
 """
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
+from bbkit import CannotRun, InputError
 from bbkit.config import Combination
-from bbkit.errors import InputError
 
 COMBINATIONS = get_args(Combination)
 
@@ -121,3 +122,134 @@ def nearest(gramian: Tensor, slopes: Tensor, bounds: Tensor) -> tuple[Tensor, fl
         found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
     removed[live] = scale * (vectors / roots) @ torch.from_numpy(found) / norm
     return removed, float(left)
+
+
+def inner(rows: Tensor, others: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(J, K) inner products ⟨g_j, S h_k⟩ of rows (J, P) and (K, P), S = diag(scale) or identity.
+
+    In pieces of the rows' precision, summed in float64: all in float64 took ten times as long.
+    """
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], 2**16):
+        part = slice(start, start + 2**16)
+        scaled = rows[:, part] if scale is None else rows[:, part] * scale[part]
+        total += scaled @ others[:, part].T
+    return total.cpu()
+
+
+def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(K, K) inner products of rows (K, P) with one another, as `inner`; see `adam_scale`."""
+    total = inner(gradients, gradients, scale)
+    return (total + total.T) / 2
+
+
+def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from its second moments as they are now; None before any.
+
+    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
+    """
+    group, parts = optimizer.param_groups[0], []
+    for parameter in parameters:
+        state = optimizer.state.get(parameter)
+        if not state:  # it has never moved
+            parts.append(torch.zeros_like(parameter).flatten())
+        elif "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
+            raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
+        else:
+            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
+    scale = torch.cat(parts)
+    return scale if scale.any() else None
+
+
+FLOOR = 0.01  # of √v̂; pocket's runs end with their least at 0.035, so that it binds in odd ones
+
+
+class Limits:
+    """What the next step of an optimiser may not do, on the displacement that it really makes.
+
+    After the optimiser, its momentum, decay and all, the parameters are moved to the nearest place
+    at which every row g that was added keeps ⟨g, Δ⟩ ≤ its bound. Nearest is meant in the metric of
+    the optimiser, Adam's 1/(√v̂ + ε) after its update with √v̂ no less than `FLOOR` of its root mean
+    square, else Euclidean, which is said. `note(name, value)` gets by row the slope that the
+    optimiser's displacement had, and the one taken; and the share of it that was cut, as
+    `retention/cut` where a row of that name was bounded, else as `step/cut`.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], note: Callable[[str, float], Any]):
+        self.parameters, self.note = list(parameters), note
+        self.rows: dict[str, tuple[Tensor, float]] = {}
+        self.start = torch.empty(0)  # where the parameters were before the step
+        self.optimizer: Any = None
+        self.said: set[str] = set()
+
+    def add(self, name: str, row: Tensor, bound: float) -> None:
+        """Bound ⟨row, Δ⟩ of the next step; `row` (P,) over the parameters, flattened in order."""
+        self.rows[name] = (row, bound)
+
+    def watch(self, optimizer) -> None:
+        """Hook into the steps of an optimiser, accelerate's wrapper or torch's own, once."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is not self.optimizer:
+            self.optimizer = inner
+            inner.register_step_pre_hook(self._before)
+            inner.register_step_post_hook(self._after)
+
+    def _place(self) -> Tensor:
+        return torch.cat([p.detach().flatten().float() for p in self.parameters])
+
+    def _before(self, *_) -> None:
+        if self.rows:
+            self.start = self._place()
+
+    @torch.no_grad()
+    def _after(self, *_) -> None:
+        rows, self.rows = self.rows, {}
+        skipped = getattr(self.optimizer, "found_inf", None)  # a fused one skips within its step
+        if not rows or (skipped is not None and skipped.item()):
+            return
+        matrix = torch.stack([row for row, _ in rows.values()])
+        bounds = torch.tensor([bound for _, bound in rows.values()])
+        made, metric = self._place() - self.start, self._metric()
+        slopes = inner(matrix, made[None])[:, 0]
+        products = gramian(matrix, metric)
+        removed, left = nearest(products, slopes, bounds)
+        kept = slopes
+        if removed.any():
+            change = removed.to(matrix) @ matrix * metric
+            sizes = [p.numel() for p in self.parameters]
+            places = (self.start + (made - change)).split(sizes)
+            for p, place in zip(self.parameters, places, strict=True):
+                p.copy_(place.view_as(p))
+            kept = inner(matrix, (self._place() - self.start)[None])[:, 0]
+        for name, before, after in zip(rows, slopes.tolist(), kept.tolist(), strict=True):
+            self.note(f"{name}/slope", before)
+            self.note(f"{name}/slope_kept", after)
+        length = (made.square() / metric.clamp(min=1e-30)).double().sum().item()
+        bounded = [name for name, (_, bound) in rows.items() if bound < float("inf")]
+        if bounded and length > 0:
+            cut = (removed @ products @ removed).clamp(min=0).item()
+            kind = "retention" if "retention" in bounded else "step"
+            self.note(f"{kind}/cut", (cut / length) ** 0.5)
+        if left > 1e-6:
+            self._say("limits: bounds that contradict one another; the least violation is taken")
+
+    def _metric(self) -> Tensor:
+        try:
+            scale = adam_scale(self.optimizer, self.parameters)
+        except CannotRun:
+            scale = None
+        if scale is None:
+            kind = type(self.optimizer).__name__
+            self._say(f"limits: steps are kept in plain distance, {kind} has no float moments")
+            return torch.ones_like(self.start)
+        # Where hardly any gradient ever came, moving would cost nothing: the correction would go
+        # there, as far as rounding says, and two processes would end up 100 times further apart.
+        moved = scale > 0
+        mean = (1 / scale[moved]).square().mean().sqrt()
+        return torch.where(moved, scale.clamp(max=1 / (FLOOR * mean)), scale)
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            print(line)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bbkit import gpu
-from bbkit.errors import InputError
-from bbkit.files import read_yaml, yaml_value
+from bbkit import InputError
+from bbkit.machine import gpu
+from bbkit.machine.files import read_yaml, yaml_value
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
 Whole = Annotated[int, Field(ge=0)]

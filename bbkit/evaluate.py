@@ -11,17 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bbkit import elsewhere, instructions, questions, rewards
-from bbkit.extraction import extract_choice as extract_choice  # its documented place
-from bbkit.generation import generate as generate  # the notebooks' name for it
-from bbkit.ifeval import final_answer, score_ifeval
+from bbkit import rewards
+from bbkit.benchmarks.extraction import extract_choice as extract_choice  # its documented place
+from bbkit.benchmarks.ifeval import final_answer, score_ifeval
+from bbkit.data import instructions, questions
+from bbkit.machine.generation import generate as generate  # the notebooks' name for it
 from bbkit.prompts import Example
-from bbkit.statistics import interval
-
-MEASURES = (
-    "domain domain_lenient reasoning format instruction instruction_unseen unparsed "
-    "ifeval_strict ifeval_loose ifeval_answer_strict"
-).split()
+from bbkit.runs import measures
+from bbkit.runs.measures import MEASURES as MEASURES
+from bbkit.runs.measures import changes as changes
+from bbkit.runs.measures import cluster as cluster
+from bbkit.runs.measures import difference as difference
+from bbkit.runs.measures import divergences as divergences
+from bbkit.runs.measures import summary as summary
 
 
 def lenient(example: Example, reply: str) -> float:
@@ -56,15 +58,6 @@ def measure(example: Example, reply: str) -> dict[str, float | None]:
     unseen = any(c["kind"] in instructions.UNSEEN for c in example.constraints)
     scores["instruction_unseen" if unseen else "instruction"] = strict
     return scores
-
-
-def cluster(item: Mapping) -> str:
-    """What the bootstrap draws: a disease with its questions, an abstract, or a prompt by itself.
-
-    MMLU's entity is its subject: six clusters would make no interval.
-    """
-    alone = item["task"] in ("instruction", "elsewhere") or item["source"] == "mmlu_medical"
-    return item["id"] if alone else item["entity"]
 
 
 def items(examples: Sequence[Example], replies: Sequence[str]) -> list[dict]:
@@ -103,75 +96,6 @@ def _item(e: Example, reply: str, scores: Mapping) -> dict:
     }  # fmt: skip
 
 
-def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
-    """`{measure: {"value", "n", "interval"}}` over item rows; shares in [0, 1].
-
-    Measures of bbkit.elsewhere are nats a token; of each the worst kind, and which this is.
-    """
-    out: dict[str, dict] = {}
-    nats = elsewhere.names(rows)
-    for name in (*MEASURES, *nats):
-        kept = [r for r in rows if r["scores"].get(name) is not None]
-        if kept:
-            pairs = [(r["scores"][name], cluster(r)) for r in kept]
-            out[name] = _mean(pairs, draws, shares=name not in nats)
-    for measure, kinds in elsewhere.by_kind(nats).items():
-        if kinds:
-            kind = max(kinds, key=lambda k: out[kinds[k]]["value"])
-            out[measure] = {**out[kinds[kind]], "kind": kind}
-    return out
-
-
-def divergences(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dict[str, dict]:
-    """KL to the base where item rows hold it, as {"sft": …, "sft_instruction": …}: nats per token.
-
-    >>> divergences({"base": []})
-    {}
-    """
-    out = {}
-    for stage, found in rows.items():
-        for name, general in ((stage, False), (f"{stage}_instruction", True)):
-            kept = [r for r in found if "kl" in r and (r["task"] == "instruction") == general]
-            if kept:
-                out[name] = _mean([(r["kl"], cluster(r)) for r in kept], draws, shares=False)
-    return out
-
-
-def _mean(pairs: Sequence[tuple[float, str]], draws: int, shares: bool) -> dict:
-    """A measure from values and their clusters."""
-    values, clusters = [value for value, _ in pairs], [drawn for _, drawn in pairs]
-    low, high = interval(values, clusters, draws, shares)
-    return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
-
-
-def difference(
-    before: Sequence[Mapping], after: Sequence[Mapping], draws: int = 2000
-) -> dict[str, dict]:
-    """Paired change `after - before` on the same items, with a clustered bootstrap interval."""
-    earlier = {(r["source"], r["id"]): r for r in before}
-    out = {}
-    for name in MEASURES:
-        pairs = [
-            (r["scores"][name] - earlier[r["source"], r["id"]]["scores"][name], cluster(r))
-            for r in after
-            if r["scores"].get(name) is not None and (r["source"], r["id"]) in earlier
-        ]
-        if pairs:
-            out[name] = _mean(pairs, draws, shares=False)
-    return out
-
-
-def changes(rows: Mapping[str, Sequence[Mapping]], draws: int = 2000) -> dict[str, dict]:
-    """`difference` between the stages that there are item rows of, as {"sft-base": ...}.
-
-    >>> changes({"base": [], "sft": []})
-    {'sft-base': {}}
-    """
-    pairs = (("base", "sft"), ("sft", "grpo"), ("base", "grpo"))
-    known = [(a, b) for a, b in pairs if {a, b} <= set(rows)]
-    return {f"{b}-{a}": difference(rows[a], rows[b], draws) for a, b in known}
-
-
 def baselines(
     train: Sequence[Example], held_out: Sequence[Example], draws: int = 2000
 ) -> dict[str, dict]:
@@ -191,13 +115,13 @@ def baselines(
     for name, guess in guesses.items():
         pairs = [(float(guess(e) == e.answer), e.entity) for e in asked]
         if pairs:
-            out[name] = _mean(pairs, draws, shares=True)
+            out[name] = measures.mean(pairs, draws, shares=True)
     return out
 
 
 if __name__ == "__main__":
     import sys
 
-    from bbkit import harness
+    from bbkit.benchmarks import harness
 
     sys.exit(harness.main())

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from bbkit import CannotRun, InputError
 from bbkit.combination import COMBINATIONS, combine
-from bbkit.errors import CannotRun, InputError
+from bbkit.combination import adam_scale as adam_scale
+from bbkit.combination import gramian as gramian
+from bbkit.combination import inner as inner
 
 __all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "watch"]
 
@@ -202,44 +205,6 @@ def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
                 module.forward = captured(module)  # type: ignore[method-assign]
                 undo.callback(delattr, module, "forward")
         yield capture
-
-
-def inner(rows: Tensor, others: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(J, K) inner products ⟨g_j, S h_k⟩ of rows (J, P) and (K, P), S = diag(scale) or identity.
-
-    In pieces of the rows' precision, summed in float64: all in float64 took ten times as long.
-    """
-    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], 2**16):
-        part = slice(start, start + 2**16)
-        scaled = rows[:, part] if scale is None else rows[:, part] * scale[part]
-        total += scaled @ others[:, part].T
-    return total.cpu()
-
-
-def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(K, K) inner products of rows (K, P) with one another, as `inner`; see `adam_scale`."""
-    total = inner(gradients, gradients, scale)
-    return (total + total.T) / 2
-
-
-def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from its second moments as they are now; None before any.
-
-    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
-    """
-    group, parts = optimizer.param_groups[0], []
-    for parameter in parameters:
-        state = optimizer.state.get(parameter)
-        if not state:  # it has never moved
-            parts.append(torch.zeros_like(parameter).flatten())
-        elif "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
-            raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
-        else:
-            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())
-    scale = torch.cat(parts)
-    return scale if scale.any() else None
 
 
 def cosines(gramian: Tensor) -> Tensor:

@@ -1,50 +1,55 @@
-"""Base model and tokenizer, through one loader; bbkit.adapters puts LoRA on it.
+"""Base model and adapter: load, save, merge.
 
 Serves every claim: QLoRA on NF4 weights, by unsloth on CUDA and by transformers, peft and
-bitsandbytes elsewhere, the CPU included. The paper names neither loader nor quantisation.
-Only safetensors and gguf weights are read, and no code that comes with a model is run.
-Each choice made here is said with its reason.
+bitsandbytes elsewhere, the CPU included; the paper names neither loader nor quantisation. Base and
+tuned model are one set of frozen weights with the adapter off or on. LoRA weights are float32
+whatever the base, and files are read strictly, since PEFT does not. bbkit.machine.loading says how.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bbkit import cpu, gpu, hub, memory, prompts
-from bbkit.errors import CannotRun, InputError
+from bbkit import InputError
+from bbkit.machine import cpu, hub, memory
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from bbkit.config import Model as ModelSettings
 
-Say = Callable[[str], Any]
-# Else it calls the Hub, and packs sequences into one row, where one pass (bbkit.gradients) cannot
-# tell them apart.
-UNSLOTH = {
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    "UNSLOTH_GRPO_SEQ_PACKING": "0",
-    "UNSLOTH_GRPO_PREFIX_GROUPER": "0",
-}
-PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+
+from bbkit.machine import files
+from bbkit.machine.hub import one_line, reading
+
+if TYPE_CHECKING:  # at run time unsloth has to be imported before these
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from bbkit.config import Model as ModelSettings
+from bbkit.machine import loading
 
 
-def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tuple[Any, Any]:
+def load(
+    settings: ModelSettings, say: loading.Say = print, offline: bool = False
+) -> tuple[Any, Any]:
     """The base model (frozen, in eval mode, without adapter) and its tokenizer.
 
     `model.origin` tells what was loaded and how, for the manifest of a run.
     Raises InputError for a model that is missing, corrupt or not to be had offline, CannotRun for
     one that does not fit into the memory here or needs a package that is not installed.
     """
-    backend = choose_backend(settings, say)  # first of all: it may import unsloth
-    dtype, device = choose_dtype(settings, say)
+    backend = loading.choose_backend(settings, say)  # first of all: it may import unsloth
+    dtype, device = loading.choose_dtype(settings, say)
     config, sizes = memory.measure(settings, dtype, offline)
     memory.check_length(config, settings)
     memory.check(settings, sizes, device, say)
@@ -54,16 +59,18 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
         if backend == "unsloth":
             from unsloth import FastLanguageModel
 
-            model, _ = FastLanguageModel.from_pretrained(**unsloth_arguments(settings, path, dtype))
+            model, _ = FastLanguageModel.from_pretrained(
+                **loading.unsloth_arguments(settings, path, dtype)
+            )
         else:
-            model = _from_transformers(settings, config, path, dtype, device)
+            model = loading._from_transformers(settings, config, path, dtype, device)
         from transformers import AutoTokenizer, GenerationConfig
 
         folder, options = hub.source(path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         tokenizer.clean_up_tokenization_spaces = False
-        fix_ending(tokenizer, say)
-    fix_padding(tokenizer, say)
+        loading.fix_ending(tokenizer, say)
+    loading.fix_padding(tokenizer, say)
     uses = model.config._attn_implementation
     kernels = "PyTorch's own, for any GPU and dtype" if uses == "sdpa" else f"{backend} chose it"
     say(f"attention {uses}: {kernels}")
@@ -71,7 +78,7 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     tokens = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
     model.config.update(tokens)
     model.generation_config = GenerationConfig(**tokens)
-    if protect_4bit(model) and (wrong := badly_unpacked(model)):
+    if loading.protect_4bit(model) and (wrong := loading.badly_unpacked(model)):
         say(f"nf4: bitsandbytes unpacks rows of {wrong} weights wrongly here; set it to none")
     model.requires_grad_(False)
     if device.type == "cpu":
@@ -84,167 +91,159 @@ def load(settings: ModelSettings, say: Say = print, offline: bool = False) -> tu
     return model.eval(), tokenizer
 
 
-def choose_backend(settings: ModelSettings, say: Say = print) -> str:
-    """Say and return "unsloth" or "transformers"; may import unsloth, so call it before trl is."""
-    obstacle = ""
-    if settings.device == "cpu":
-        obstacle = "unsloth needs a CUDA GPU and model.device is cpu"
-    elif not torch.cuda.is_available():
-        obstacle = f"unsloth needs a CUDA GPU: {gpu.obstacle()}"
-    elif settings.name.endswith(".gguf"):
-        obstacle = "unsloth does not train from a .gguf file"
-    elif settings.backend != "transformers":
-        for name, value in UNSLOTH.items():
-            os.environ.setdefault(name, value)
-        try:
-            importlib.import_module("unsloth")
-        except Exception as error:  # missing, or at odds with the stack in any of many ways
-            obstacle = f"unsloth does not import ({hub.one_line(error)}); pip install -e '.[gpu]'"
-    if settings.backend == "unsloth" and obstacle:
-        raise CannotRun(f"model.backend unsloth: {obstacle}; or set model.backend: transformers")
-    name = "transformers" if settings.backend == "transformers" or obstacle else "unsloth"
-    auto = obstacle or "it is installed and there is a CUDA GPU"
-    say(f"backend {name}: {auto if settings.backend == 'auto' else 'as set'}")
-    return name
+ADAPTER = "adapter_model.safetensors"
 
 
-def choose_dtype(settings: ModelSettings, say: Say = print) -> tuple[torch.dtype, torch.device]:
-    """Say and return the frozen weights' dtype and the device; LoRA weights are always float32."""
-    name, reason = settings.dtype, "as set"
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
-    if settings.device == "cuda" and not cuda:
-        raise CannotRun(f"model.device cuda: {gpu.obstacle()}; or set model.device: auto")
-    if cuda:  # `accelerate launch` runs one process a GPU
-        device, here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "this GPU"
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it, slowly
-    else:
-        device, here, able = torch.device("cpu"), "this CPU", torch.cpu.get_capabilities()
-        bf16 = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    if name == "auto":
-        name = "bfloat16" if bf16 else "float16" if cuda else "float32"
-        reason = f"{here} {'computes in it' if bf16 else 'has no bfloat16'}"
-    elif name == "float16" and not cuda:
-        raise InputError("model.dtype float16: not to be trained on a CPU; set float32 or bfloat16")
-    elif name == "bfloat16" and cuda and not bf16:
-        raise CannotRun("model.dtype bfloat16: this GPU has none; set model.dtype: auto")
-    say(f"dtype {name}: {reason}")
-    return getattr(torch, name), device
+def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
+    """Wrap the base model in fresh LoRA matrices (B is 0), the same for the same seed."""
+    from peft import LoraConfig
+
+    every = "all-linear" in settings.lora_targets
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # any number serves
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if every else list(settings.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return _wrap(model, lora, seed)
+    except ValueError as error:
+        raise InputError(f"model.lora_targets: {one_line(error)}") from error
 
 
-def unsloth_arguments(settings: ModelSettings, path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of unsloth's from_pretrained; the defaults that could surprise are overruled."""
-    four_bit = settings.quantization == "nf4"
+@contextlib.contextmanager
+def keep_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Build TRL trainers inside: they cast the LoRA weights of a 4-bit model to bfloat16.
+
+    A step of 1e-5 vanishes in that, and a T4 cannot compute in it. The weights come back bit-equal.
+    """
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
+
+
+def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> PeftModel:
+    """Put a saved adapter on a base model, or into the LoRA matrices that it already has.
+
+    Strict, since PEFT is not: each tensor of the file has its place and each place is filled, or
+    InputError names the file. `with model.disable_adapter():` gives the base model back.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    file = Path(folder) / ADAPTER
+    if not file.is_file() or not file.with_name("adapter_config.json").is_file():
+        raise InputError(f"{folder}: no adapter here ({ADAPTER} and adapter_config.json)")
+    fresh = not isinstance(model, PeftModel)
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(lora, LoraConfig):
+            raise TypeError("not a LoRA adapter")
+        lora.base_model_name_or_path = None
+        saved = safetensors.torch.load_file(file)
+        wrapped = _wrap(model, lora, seed=0) if fresh else model
+        places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        own = wrapped.peft_config["default"]
+    except Exception as error:  # whatever bad JSON, wrong types or a cut file bring about
+        raise InputError(f"{file}: corrupt adapter or configuration: {one_line(error)}") from error
+    wrong = sorted(saved.keys() ^ places.keys())
+    wrong = wrong or [k for k, v in saved.items() if v.shape != places[k].shape]
+    wrong = wrong or [k for k, v in saved.items() if not v.isfinite().all()]
+    wrong = wrong or [k for k in ("r", "lora_alpha") if getattr(lora, k) != getattr(own, k)]
+    if wrong:
+        if fresh:
+            wrapped.unload()
+        what = f"{len(wrong)} entries do not fit this model or are not finite, first {wrong[0]}"
+        raise InputError(f"{file}: {what}; save the adapter anew")
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(saved[key])
+    for name, parameter in wrapped.named_parameters():  # ".ref." is TRL's, for the KL penalty
+        parameter.requires_grad_(trainable and ".lora_" in name and ".default." in name)
+    return wrapped
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> Path:
+    """Write the adapter (safetensors and adapter_config.json, as PEFT reads them), whole or not."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # True asks the Hub
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    config = model.peft_config["default"].to_dict()
+    name = getattr(model, "origin", {}).get("name")
+    config |= {"base_model_name_or_path": name, "inference_mode": True}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    files.write_json(folder / "adapter_config.json", ordered)
+    files.write_bytes(folder / ADAPTER, safetensors.torch.save(tensors, {"format": "pt"}))
+    return folder
+
+
+def average_with_base(model: PeftModel, share: float) -> None:
+    """Move a tuned model `share` of the way back to its base (WiSE-FT, arXiv 2109.01903).
+
+    The average of the two models' weights is exact: ΔW is linear in B.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B.default." in name:
+                parameter.mul_(1 - share)
+
+
+def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A plain copy of the model in `dtype`: 4-bit weights unpacked, the adapter added in.
+
+    On the CPU whatever the model's device, map by map: a card has no room for all of it unpacked.
+    """
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tuned = {p: m for p, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    weights: dict[str, torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}  # of weights that have two places
+    for path, module in base.named_modules():
+        place = path.removesuffix(".base_layer")
+        for key, value in module.named_parameters(recurse=False) if ".lora_" not in path else ():
+            if id(value) not in copies:
+                whole = dequantize_bnb_weight(value).detach()
+                if key == "weight" and place != path:
+                    whole = whole.to(torch.float32, copy=True)
+                    whole += tuned[place].get_delta_weight("default").detach()
+                copies[id(value)] = whole.to("cpu", dtype, copy=True)
+            weights[f"{place}.{key}"] = copies[id(value)]
+    with reading("to merge"):
+        return loading.rebuild(base, weights, dtype, torch.device("cpu"))
+
+
+def unsloth_lora_arguments(settings: ModelSettings, lora: LoraConfig, seed: int) -> dict[str, Any]:
+    """Arguments of unsloth's get_peft_model for the adapter that `lora` describes."""
+    targets = lora.target_modules
     return {
-        "model_name": str(path),
-        "use_exact_model_name": True,  # else it swaps in its own quantised upload
-        "max_seq_length": settings.max_length,
-        "dtype": dtype,
-        **{"load_in_4bit": four_bit, "load_in_8bit": False, "load_in_16bit": not four_bit},
-        **{"full_finetuning": False, "fast_inference": False},
+        **{"r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout},
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+        "bias": "none",
         "use_gradient_checkpointing": "unsloth" if settings.gradient_checkpointing else False,
-        "max_lora_rank": settings.lora_rank,
-        **{"trust_remote_code": False, "use_safetensors": True, "local_files_only": True},
+        "max_seq_length": settings.max_length,
+        "random_state": seed,
     }
 
 
-def fix_ending(tokenizer: PreTrainedTokenizerBase, say: Say = print) -> None:
-    """Make the eos token the one with which the chat template closes a reply.
+def _wrap(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    settings: Any = getattr(model, "bbkit_settings", None)
+    if getattr(model, "origin", {}).get("backend") == "unsloth":
+        from unsloth import FastLanguageModel
 
-    Needed for gguf files, whose eos is read as <|im_start|>: no reply would ever end.
-    Raises InputError where there is no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path}: no chat template; take an instruction model")
-    end = prompts.closing(tokenizer)
-    if end is not None and end != tokenizer.eos_token_id:
-        token = tokenizer.convert_ids_to_tokens(end)
-        say(f"eos {token}: the chat template closes replies with it, not {tokenizer.eos_token}")
-        tokenizer.eos_token = token
+        arguments = unsloth_lora_arguments(settings, lora, seed)
+        wrapped = FastLanguageModel.get_peft_model(model, **arguments)
+    else:
+        from peft import get_peft_model
 
-
-def fix_padding(tokenizer: PreTrainedTokenizerBase, say: Say = print) -> None:
-    """Pad on the left (generation), with a token that is not eos: a masked eos is never learned."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        known = tokenizer.get_vocab()
-        free = [t for t in PADDINGS if t in known and t != tokenizer.eos_token]
-        if not free:
-            raise InputError(f"{tokenizer.name_or_path}: no token to pad with but eos; add a <pad>")
-        say(f"pad {free[0]}: padding with eos ({tokenizer.eos_token}) would hide it from the loss")
-        tokenizer.pad_token = free[0]
-
-
-def protect_4bit(model: torch.nn.Module) -> int:
-    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-bf16; returns how many.
-
-    It repacks in eval mode, and the backward passes after that are wrong without a word.
-    """
-    # by name: bitsandbytes need not be installed
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-    return len(layers)
-
-
-def badly_unpacked(model: torch.nn.Module) -> str:
-    """Lengths of 4-bit rows that bitsandbytes does not give back on this device, such as "160".
-
-    0.50.2 mixes up rows of 96 or 160 on an AVX512 CPU; normal weights come back to within 9 %.
-    """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    found = {(m.in_features, m.weight.device) for m in layers}
-    wrong = []
-    for length, device in sorted(found, key=str):
-        rows = torch.randn(64, length, generator=torch.Generator().manual_seed(0)).to(device)
-        back = dequantize_4bit(*quantize_4bit(rows, blocksize=64, quant_type="nf4"))
-        if (back - rows).norm() > 0.15 * rows.norm():
-            wrong.append(str(length))
-    return ", ".join(wrong)
-
-
-def _from_transformers(
-    settings: ModelSettings, config: Any, path: Path, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
-
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    nf4 |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
-    quantization = BitsAndBytesConfig(**nf4) if settings.quantization == "nf4" else None
-    source, options = hub.source(path)
-    options |= {"config": config, "dtype": dtype}
-    if path.suffix != ".gguf":
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
-        return _read(AutoModelForCausalLM, source, use_safetensors=True, **options)
-    # In two steps: transformers can neither quantise nor save what it has read from a gguf file.
-    options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _read(AutoModelForCausalLM, source, **options)
-    return rebuild(model, model.state_dict(), dtype, device, quantization)
-
-
-def rebuild(
-    model: Any, weights: Any, dtype: torch.dtype, device: torch.device, quantization: Any = None
-) -> PreTrainedModel:
-    """A new model of the same class and configuration, with these weights."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    options = {"dtype": dtype, "device_map": {"": device}, "quantization_config": quantization}
-    return _read(type(model), None, config=config, state_dict=weights, **options)
-
-
-def _read(kind: Any, source: Path | None, **options: Any) -> PreTrainedModel:
-    model, report = kind.from_pretrained(source, output_loading_info=True, **options)
-    wrong = sorted({*map(str, report["missing_keys"]), *map(str, report["mismatched_keys"])})
-    if wrong:  # transformers would train on random numbers in their place, with a warning
-        raise ValueError(f"{len(wrong)} weights are missing or misshapen, first {wrong[0]}")
-    model.config._name_or_path = model.name_or_path = ""  # peft and trl look names up on the Hub
-    return model
-
-
-if __name__ == "__main__":
-    import sys
-
-    from bbkit import export
-
-    sys.exit(export.main())
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, lora)  # LoRA in float32, whatever the base
+        if settings and settings.gradient_checkpointing:
+            wrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    loading.protect_4bit(wrapped)
+    return wrapped

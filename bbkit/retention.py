@@ -1,7 +1,7 @@
 """Retention: the base's distribution along its own replies, kept by what a step may not do.
 
 Serves the claim of no alignment tax: rewards say nothing about what none of them measures. The loss
-is KL(base ‖ policy) along greedy replies of the base to broad prompts (bbkit.replies), in nats a
+is KL(base ‖ policy) along greedy replies of the base to broad prompts (bbkit.data.replies), in nats a
 token; rules are a penalty on it, a budget for it on the step that the optimiser really takes (the
 paper's orthogonality where it counts; a discrete control barrier, Ames et al. 2019), and A-GEM's
 cone of gradients (arXiv 1812.00420), which Adam undoes. `keeping` puts them around any Trainer.
@@ -21,12 +21,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from bbkit import replies
+from bbkit import InputError
+from bbkit.combination import Limits
 from bbkit.config import Settings
-from bbkit.errors import InputError
-from bbkit.limits import Limits
+from bbkit.data import replies
+from bbkit.data.replies import Reply
 from bbkit.prompts import LOGITS
-from bbkit.replies import Reply
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -126,7 +126,7 @@ def keeping(
 
     Built and used as `trainer` is. `replies`: "self", the base writes conversations before the
     first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily; or
-    rows with replies; both in TRL's forms (`bbkit.replies.from_rows`). At most `count` are taken, a
+    rows with replies; both in TRL's forms (`bbkit.data.replies.from_rows`). At most `count` are taken, a
     reply of `max_new_tokens` at most. Each step takes `per_step` of them and their
     L = KL(base ‖ policy), nats a token, without dropout:
 
@@ -276,7 +276,7 @@ def around(trainer: type, settings: Settings, stage: str, replies: Sequence[Repl
     if not replies:
         raise InputError(
             f"{stage}: retention.rule={section.rule} keeps the base's replies and got none: pass "
-            "them (bbkit.broad.of_run), or set retention.rule=none"
+            "them (bbkit.data.broad.of_run), or set retention.rule=none"
         )
     names = ("rule", "weight", "budget", "recovery", "per_step")
     return keeping(trainer, replies, **{name: getattr(section, name) for name in names})

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bbkit import instructions, knowledge, prompts
-from bbkit.errors import InputError
+from bbkit import InputError, prompts
+from bbkit.data import instructions, knowledge
 from bbkit.prompts import Example
 
 MAX_REASONING = 6000  # characters; longer is no use to a reader and scores 0
@@ -113,7 +113,7 @@ def validate(examples: Iterable[Example]) -> None:
 
     >>> validate([Example("q1", "choice", "Cause?", options=("virus", "worm"), answer="fungus")])
     Traceback (most recent call last):
-    bbkit.errors.InputError: examples row 1 (id q1): the gold answer 'fungus' is not an option; ...
+    bbkit.InputError: examples row 1 (id q1): the gold answer 'fungus' is not an option; ...
     """
     for row, example in enumerate(examples, 1):
         if fault := _fault(example):

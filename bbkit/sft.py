@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from bbkit import processes, prompts
+from bbkit import prompts
 from bbkit.config import Settings
+from bbkit.data.replies import Reply
+from bbkit.machine import processes
 from bbkit.prompts import Example
-from bbkit.replies import Reply
 
 
 def rows(examples: Sequence[Example]) -> list[dict]:
@@ -100,7 +101,7 @@ def build(
     from trl import SFTConfig, SFTTrainer
 
     from bbkit import retention
-    from bbkit.adapters import keep_float32
+    from bbkit.models import keep_float32
 
     section = settings.sft
     passes = processes.share(section.batch_size, section.micro_batch_size, "sft")

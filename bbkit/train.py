@@ -13,12 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import config, files, processes, record
+from bbkit import InputError, config, exit_code, held_back
 from bbkit.config import Settings
-from bbkit.errors import InputError, exit_code, held_back
-from bbkit.hub import go_private
+from bbkit.data.replies import Reply
+from bbkit.machine import files, processes
+from bbkit.machine.hub import go_private
 from bbkit.prompts import Example
-from bbkit.replies import Reply
+from bbkit.runs import record
 
 STAGES = ("sft", "grpo", "evaluate")
 KL_PROMPTS = 64  # of questions and of instructions, on whose replies the KL to the base is taken
@@ -66,7 +67,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     if args.card and not args.dry_run:
         raise InputError("--card says what a dry run plans for; add --dry-run")
     if args.dry_run:
-        from bbkit import dry_run
+        from bbkit.runs import dry_run
 
         return dry_run.show(preset, settings, stages, args.offline, args.card)
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
@@ -84,7 +85,8 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
     Raises InputError where a test split would be trained on, a row breaks the rewards (gold must
     score full, wrong choices nothing), or nothing is left to train on.
     """
-    from bbkit import data, instructions, rewards
+    from bbkit import data, rewards
+    from bbkit.data import instructions
 
     cards, asked = settings.data, settings.evaluation
 
@@ -144,7 +146,9 @@ def execute(
     with held_back():
         import torch
 
-        from bbkit import adapters, broad, data, elsewhere, models, prompts, report
+        from bbkit import data, models, prompts
+        from bbkit.data import broad
+        from bbkit.runs import elsewhere, report
 
     # Said even where it is the default: it makes MKL keep to that number, which it may else lower
     # while it runs, and a product summed by another number of threads differs in its last bits.
@@ -155,7 +159,7 @@ def execute(
         rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
-        from bbkit.callback import Recorder
+        from bbkit.runs.callback import Recorder
 
     names = sorted({*settings.data.sft, *settings.data.grpo})
     sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
@@ -176,11 +180,11 @@ def execute(
         file = run.folder / "replies.jsonl"
         kept = broad.of_run(file, model, tokenizer, settings, tests, data_dir)
     evaluate_stage("base")
-    model = adapters.add_lora(model, settings.model, settings.run.seed)
+    model = models.add_lora(model, settings.model, settings.run.seed)
     tuned = False
     for stage in ("sft", "grpo"):
         if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
-            adapters.load_adapter(model, run.folder / stage / "adapter")
+            models.load_adapter(model, run.folder / stage / "adapter")
         elif stage in left:
             train_stage(Recorder(run, stage, settings), model, tokenizer, rows[stage], kept)
         else:
@@ -189,16 +193,16 @@ def execute(
         evaluate_stage(stage)
     if run.writes:
         if tuned:
-            adapters.save_adapter(model, run.folder / "adapter")
+            models.save_adapter(model, run.folder / "adapter")
         print(f"report: {report.write(run.folder)}")
 
 
 def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence[Reply]) -> None:
     """Train the adapter on the rows of the stage of `hooks`, from its newest checkpoint; save it.
 
-    `hooks` are a bbkit.callback.Recorder, `kept` the base's replies.
+    `hooks` are a bbkit.runs.callback.Recorder, `kept` the base's replies.
     """
-    from bbkit import adapters, grpo, sft
+    from bbkit import grpo, models, sft
 
     run, stage, settings = hooks.run, hooks.stage, hooks.settings
     section, folder = getattr(settings, stage), run.folder / stage
@@ -211,9 +215,9 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
         trainer = grpo.build(model, tokenizer, order, settings, folder, [hooks], kept)
     hooks.train(trainer)
     if stage == "sft":
-        adapters.average_with_base(model, section.averaging)
+        models.average_with_base(model, section.averaging)
     if run.writes:
-        adapters.save_adapter(model, folder / "adapter")
+        models.save_adapter(model, folder / "adapter")
     run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
 
 
@@ -221,7 +225,9 @@ def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
     """Evaluate the model as it is, write one row per reply and the measures with intervals."""
     from tqdm import tqdm
 
-    from bbkit import elsewhere, evaluate, generation, memory, report
+    from bbkit import evaluate
+    from bbkit.machine import generation, memory
+    from bbkit.runs import elsewhere, report
 
     section, held_out, ifeval = settings.evaluation, rows["held_out"], rows["ifeval"]
     run.forget_held_out(stage)

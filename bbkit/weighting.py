@@ -16,8 +16,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from bbkit import InputError
 from bbkit.config import Advantages
-from bbkit.errors import InputError
 
 SCHEMES = get_args(Advantages)
 EPSILON = 1e-4  # TRL's, added to a standard deviation

@@ -62,7 +62,8 @@ def attempt(name: str, seconds: float, log: Path, env: dict[str, str]) -> dict:
 
 def visit(out: Path, deadline: float, names: list[str], tiny: bool, commit: str | None) -> dict:
     """Run the tests by name until the deadline, in seconds from now; what gpu.json holds."""
-    from bbkit import gpu, record
+    from bbkit.machine import gpu
+    from bbkit.runs import record
 
     ends = time.monotonic() + deadline
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def visit(out: Path, deadline: float, names: list[str], tiny: bool, commit: str 
 
 def table(found: dict) -> str:
     """The figures as Markdown, with card and versions, and what gave none."""
-    from bbkit import report
+    from bbkit.runs import report
 
     def shown(values: dict) -> str:
         names = {k: k.replace("_gb", " GB").replace("_", " ") for k in values}

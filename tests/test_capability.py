@@ -14,9 +14,8 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import adapters, config, gradients, models
+from bbkit import InputError, config, gradients, models
 from bbkit.capability import capability_aware
-from bbkit.errors import InputError
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
 
@@ -47,7 +46,7 @@ def build(tmp_path):
 
     def build(rewards=REWARDS, trainer=None, steps=2, folder="run", arguments=None, **options):
         model, tokenizer = models.load(settings, say=lambda line: None)
-        model = adapters.add_lora(model, settings, 0)
+        model = models.add_lora(model, settings, 0)
         torch.manual_seed(0)
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -323,7 +322,7 @@ def test_the_lines_of_the_readme_run(tmp_path):
     base.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     names = {
-        "model": adapters.add_lora(base, settings, 0), "correct": vowels, "polite": brief,
+        "model": models.add_lora(base, settings, 0), "correct": vowels, "polite": brief,
         "folder": str(tmp_path / "out"), "steps": 1,
         "rows": Dataset.from_list([{"prompt": p} for p in PROMPTS * 4]),
     }  # fmt: skip
@@ -337,14 +336,14 @@ import sys
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
-from bbkit import adapters, config, gradients, models
+from bbkit import models, config, gradients
 from bbkit.capability import capability_aware
 from bbkit.retention import keeping
 
 out, ranks = sys.argv[1], int(sys.argv[2])
 settings = config.load("pocket", None, ["model.lora_rank=4"]).model
 model, tokenizer = models.load(settings, say=lambda line: None)
-model = adapters.add_lora(model, settings, 0)
+model = models.add_lora(model, settings, 0)
 torch.manual_seed(0)
 for name, p in model.named_parameters():
     if "lora_B" in name:

@@ -11,9 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bbkit import config
+from bbkit import InputError, config
 from bbkit.config import Settings, from_dict, leaves, load, to_dict
-from bbkit.errors import InputError
 
 FOLDER = Path(config.__file__).parent / "presets"
 KEYS = list(leaves(to_dict(Settings())))
@@ -205,7 +204,7 @@ def test_no_override_can_raise_anything_else(text):
 
 
 def test_importing_config_and_record_imports_no_torch():
-    code = "import sys, bbkit.config, bbkit.record, bbkit.plots; print('torch' in sys.modules)"
+    code = "import sys, bbkit.config, bbkit.runs.record, bbkit.runs.plots; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

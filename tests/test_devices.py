@@ -4,7 +4,7 @@ import pytest
 import torch
 from elsewhere_device import DEVICE, Far, elsewhere
 
-from bbkit import adapters, config, models
+from bbkit import config, models
 from bbkit.prompts import Example
 
 ASKED = [
@@ -17,7 +17,7 @@ REPLY = "<reasoning>It is a virus.</reasoning><answer>a virus</answer>"
 def fresh():
     settings = config.load("pocket", None, ["model.lora_rank=2"]).model
     model, tokenizer = models.load(settings, say=lambda line: None)
-    model = adapters.add_lora(model, settings, 0)
+    model = models.add_lora(model, settings, 0)
     for name, p in model.named_parameters():
         if ".lora_B." in name:
             p.data.normal_(0, 0.05)
@@ -40,7 +40,7 @@ def test_a_tensor_of_the_cpu_that_meets_one_from_elsewhere_fails():
 
 
 def test_generation_and_divergence(pair):
-    from bbkit import generation
+    from bbkit.machine import generation
 
     said = generation.generate(*pair, ASKED, 40, 1000)
     assert len(said) == 2
@@ -48,7 +48,8 @@ def test_generation_and_divergence(pair):
 
 
 def test_retention_and_the_replies_it_keeps(pair):
-    from bbkit import replies, retention
+    from bbkit import retention
+    from bbkit.data import replies
 
     model, tokenizer = pair
     said = replies.answered(model, tokenizer, ["Name one cause of fever.", "Say no."], 12)
@@ -61,13 +62,13 @@ def test_retention_and_the_replies_it_keeps(pair):
 
 
 def test_judge(pair):
-    from bbkit import judge
+    from bbkit import grpo
 
-    assert len(judge.judged(*pair, ASKED, [REPLY, REPLY])) == 2
+    assert len(grpo.judged(*pair, ASKED, [REPLY, REPLY])) == 2
 
 
 def test_what_is_measured_elsewhere(pair):
-    from bbkit import elsewhere as measure
+    from bbkit.runs import elsewhere as measure
 
     settings = config.load("pocket", None, ["evaluation.elsewhere=2"])
     texts = measure.texts(settings, None)
@@ -76,7 +77,7 @@ def test_what_is_measured_elsewhere(pair):
 
 
 def test_benchmark_and_one_pass(pair):
-    from bbkit import variants
+    from bbkit.study import variants
 
     model, _ = pair
     found = variants.backward_ratios(model.train(), 3, 4, 16, 1)
@@ -84,7 +85,7 @@ def test_benchmark_and_one_pass(pair):
 
 
 def test_export_of_a_model_that_is_elsewhere(pair):
-    merged = adapters.merge(pair[0], torch.float32)
+    merged = models.merge(pair[0], torch.float32)
     assert merged.device.type == "cpu" and all(p.isfinite().all() for p in merged.parameters())
 
 
@@ -110,7 +111,8 @@ SMALL = [
 
 @pytest.mark.parametrize("change", ["grpo.metric=step", "grpo.beta=0.1", "grpo.judge=0.5"])
 def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
-    from bbkit import grpo, questions, replies, sft
+    from bbkit import grpo, sft
+    from bbkit.data import questions, replies
 
     model, tokenizer = pair
     settings = config.load("pocket", None, [*SMALL, change])
@@ -126,7 +128,9 @@ def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
 
 
 def test_probe(pair, on_it, tmp_path):
-    from bbkit import grpo, probe, questions
+    from bbkit import grpo
+    from bbkit.data import questions
+    from bbkit.study import probe
 
     model, tokenizer = pair
     less = ["grpo.prompts=4", "grpo.combination=dual_cone", "retention.rule=none"]

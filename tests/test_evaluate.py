@@ -5,18 +5,11 @@ import random
 import pytest
 import torch
 
-from bbkit import (
-    adapters,
-    config,
-    evaluate,
-    generation,
-    instructions,
-    models,
-    prompts,
-    questions,
-    statistics,
-)
+from bbkit import config, evaluate, models, prompts
+from bbkit.data import instructions, questions
+from bbkit.machine import generation
 from bbkit.prompts import Example
+from bbkit.runs import statistics
 
 ROWS = questions.ontology("validation")[:40] + instructions.examples("validation", per_kind=2)
 
@@ -87,7 +80,7 @@ def test_replies_are_those_of_a_prompt_alone_whenever_ended_ones_leave_the_batch
 def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
     torch.manual_seed(0)
     model, tokenizer = models.load(config.load("pocket").model)
-    model = adapters.add_lora(model, config.load("pocket").model, 0).train()
+    model = models.add_lora(model, config.load("pocket").model, 0).train()
     replies = [prompts.completion(e) for e in ROWS[:6]]
     assert max(map(abs, generation.divergence(model, tokenizer, ROWS[:6], replies))) < 1e-6
     for name, weight in model.named_parameters():

@@ -14,11 +14,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bbkit import config, files, layouts, prompts, record, report, rewards
-from bbkit.errors import CannotRun, InputError
-from bbkit.extraction import extract_choice
-from bbkit.ifeval import final_answer
+from bbkit import CannotRun, InputError, config, prompts, rewards
+from bbkit.benchmarks.extraction import extract_choice
+from bbkit.benchmarks.ifeval import final_answer
+from bbkit.data import layouts
+from bbkit.machine import files
 from bbkit.prompts import TAGS, Example
+from bbkit.runs import record, report
 
 PIECES = (
     *TAGS, "A", "B)", "(C)", "D.", "The answer is ", "not ", "or ", "if ", "<think>", "</think>",

@@ -23,21 +23,12 @@ import safetensors.torch
 import torch
 from torch.nn.functional import cosine_similarity
 
-from bbkit import (
-    adapters,
-    benchmark,
-    config,
-    gpu,
-    gradients,
-    hub,
-    memory,
-    models,
-    record,
-    timing,
-    variants,
-)
-from bbkit.files import read_json, read_rows
-from bbkit.replies import Reply
+from bbkit import config, gradients, models
+from bbkit.data.replies import Reply
+from bbkit.machine import gpu, hub, loading, memory
+from bbkit.machine.files import read_json, read_rows
+from bbkit.runs import record
+from bbkit.study import benchmark, timing, variants
 
 CUDA, TINY = torch.cuda.is_available(), os.environ.get("BBKIT_GPU_TINY") == "1"
 pytestmark = [
@@ -147,7 +138,7 @@ def test_nf4(dtype, figure):
         kind = getattr(torch, dtype)
         layer = bnb.nn.Linear4bit(deep, wide, bias=False, compute_dtype=kind, quant_type="nf4")
         layer = layer.to(DEVICE)
-        models.protect_4bit(layer)
+        loading.protect_4bit(layer)
         x = torch.randn(rows, deep, device=DEVICE, dtype=kind, requires_grad=True)
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
         out = layer(x)
@@ -210,7 +201,8 @@ def test_onepass(dtype, most, figure, folder, monkeypatch):
 
 def test_retention(figure, tmp_path):
     """Both rules on a trainer of the kit keep a model nearer to its base than none does."""
-    from bbkit import broad, sft, train
+    from bbkit import sft, train
+    from bbkit.data import broad
 
     steps, replies = (6, 16) if TINY else (40, 128)
     keys = [*BASE, "model.quantization=nf4", "model.dtype=auto", f"sft.steps={steps}",
@@ -261,7 +253,7 @@ def test_float16(way, figure, tmp_path, monkeypatch):
     skipped = {s: sum("skipped" in r for r in rows if r["stage"] == s) for s in ("sft", "grpo")}
     figure(f"float16, {way}: steps left out of {len(rows)}", **skipped,
            seconds=time.perf_counter() - began)  # fmt: skip
-    tensors = safetensors.torch.load_file(out / "adapter" / adapters.ADAPTER)
+    tensors = safetensors.torch.load_file(out / "adapter" / models.ADAPTER)
     assert all(t.isfinite().all() for t in tensors.values())
     if DEVICE == "cuda":
         assert all(skipped.values()), "nothing was tried: begin at a higher scale"
@@ -271,7 +263,8 @@ def test_float16(way, figure, tmp_path, monkeypatch):
 
 def filling(tokenizer, room: int, replied: bool):
     """A question whose prompt, or prompt and gold reply, fill so many tokens: the peak is there."""
-    from bbkit import prompts, questions
+    from bbkit import prompts
+    from bbkit.data import questions
 
     example = questions.ontology("train")[0]
     reply = prompts.completion(example) if replied else ""
@@ -345,7 +338,7 @@ def test_export(figure, folder):
     away(model, 0.02)
     before, began = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0, gpu.now()
     found: list = []
-    peak = timing.peak_of(lambda: found.append(adapters.merge(model, torch.bfloat16)))
+    peak = timing.peak_of(lambda: found.append(models.merge(model, torch.bfloat16)))
     seconds = gpu.now() - began
     figure("7B shape, merge", seconds=seconds, on_the_card_gb=(peak - before) / 1e9)
     assert {p.device.type for p in found[0].parameters()} == {"cpu"}
@@ -379,7 +372,7 @@ def test_pocket(figure, tmp_path):
         seconds = time.perf_counter() - began
         ended("two", runs["two"], 0)
         ended("cut", runs["cut"], 0)
-    files = [tmp_path / name / "adapter" / adapters.ADAPTER for name in runs]
+    files = [tmp_path / name / "adapter" / models.ADAPTER for name in runs]
     one, two, cut = (
         torch.cat([v.flatten() for _, v in sorted(safetensors.torch.load_file(file).items())])
         for file in files

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bbkit import adapters, config, gradients, models
-from bbkit.errors import CannotRun, InputError
+from bbkit import CannotRun, InputError, config, gradients, models
 from bbkit.gradients import Capture, capability_gradients, combine, watch
 
 
@@ -117,7 +116,7 @@ def test_one_pass_in_bfloat16():
 def test_one_pass_under_nf4():
     chosen = config.load("pocket", None, ["model.quantization=nf4", "model.lora_rank=8"]).model
     base, _ = models.load(chosen, say=lambda line: None)
-    model = adapters.add_lora(base, chosen, 0).train()
+    model = models.add_lora(base, chosen, 0).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)

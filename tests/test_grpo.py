@@ -2,7 +2,8 @@
 
 import pytest
 
-from bbkit import config, grpo, instructions, prompts, questions, sft
+from bbkit import config, grpo, prompts, sft
+from bbkit.data import instructions, questions
 
 QUESTIONS = questions.ontology("validation")[:10]
 GENERAL = instructions.examples("train", per_kind=1, kinds=instructions.SEEN)[:4]
@@ -40,11 +41,11 @@ def test_reward_functions_score_their_own_row_and_leave_out_what_does_not_apply(
 
 
 def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
-    from bbkit import adapters, models
+    from bbkit import models
 
     settings = config.load("pocket", overrides=["sft.steps=1", "retention.rule=none"])
     model, tokenizer = models.load(settings.model, say=lambda line: None)
-    model = adapters.add_lora(model, settings.model, 0)
+    model = models.add_lora(model, settings.model, 0)
     trainer = sft.build(model, tokenizer, QUESTIONS, settings, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     told = {tokenizer.decode([t for t in row if t != -100]) for row in batch["labels"].tolist()}

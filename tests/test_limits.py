@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from bbkit.combination import nearest
-from bbkit.limits import Limits
+from bbkit.combination import Limits, nearest
 
 
 def solved(rows, made, scale, bounds):

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bbkit import adapters, gpu, memory, models
+from bbkit import CannotRun, InputError, models
 from bbkit.config import Model
-from bbkit.errors import CannotRun, InputError
+from bbkit.machine import gpu, loading, memory
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -173,9 +173,9 @@ def test_sizes_are_foretold_before_loading(tiny, quantization):
         held += state.absmax.numel() + 4 * state.state2.absmax.numel()
     assert len(four_bit(model)) == (14 if quantization == "nf4" else 0)
     assert foretold["weight_bytes"] == pytest.approx(held, rel=0.01)
-    plain = adapters.merge(model)
+    plain = models.merge(model)
     assert model.origin["parameters"] == sum(p.numel() for p in plain.parameters())
-    lora = [p for p in adapters.add_lora(model, setup, 0).parameters() if p.requires_grad]
+    lora = [p for p in models.add_lora(model, setup, 0).parameters() if p.requires_grad]
     assert model.origin["lora_parameters"] == sum(p.numel() for p in lora)
     assert (
         foretold["training_bytes"]
@@ -353,10 +353,10 @@ def test_a_cached_hub_model_loads_offline_at_its_revision(closed, cache, tiny):
 def test_a_local_model_and_its_adapter_never_touch_the_network(closed, tiny, tmp_path):
     setup = settings(tiny, quantization="nf4")
     model, _ = models.load(setup, quiet)
-    model = adapters.add_lora(model, setup, 0)
-    adapters.save_adapter(model, tmp_path / "a")
+    model = models.add_lora(model, setup, 0)
+    models.save_adapter(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b")  # as the trainers' checkpoints do
-    adapters.load_adapter(models.load(setup, quiet)[0], tmp_path / "a")
+    models.load_adapter(models.load(setup, quiet)[0], tmp_path / "a")
     assert not closed
     for file in (
         "README.md",
@@ -388,7 +388,7 @@ def test_dtype_and_its_reason(monkeypatch, wish, cuda, bf16, name, reason):
     )
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     said = []
-    dtype, device = models.choose_dtype(settings("x", dtype=wish), said.append)
+    dtype, device = loading.choose_dtype(settings("x", dtype=wish), said.append)
     assert dtype == getattr(torch, name) and device.type == ("cuda" if cuda else "cpu")
     assert said == [f"dtype {name}: {reason}"]
 
@@ -396,11 +396,11 @@ def test_dtype_and_its_reason(monkeypatch, wish, cuda, bf16, name, reason):
 def test_dtypes_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="float16"):
-        models.choose_dtype(settings("x", dtype="float16"), quiet)
+        loading.choose_dtype(settings("x", dtype="float16"), quiet)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(CannotRun, match="bfloat16"):
-        models.choose_dtype(settings("x", dtype="bfloat16"), quiet)
+        loading.choose_dtype(settings("x", dtype="bfloat16"), quiet)
 
 
 def test_one_token_on_a_bfloat16_cpu_is_attended_to_as_well_as_by_torchs_kernel():
@@ -465,7 +465,7 @@ def fake_unsloth(monkeypatch, tiny):
 def test_backend_and_its_reason(monkeypatch, fake_unsloth):
     def choose(backend, name="x"):
         said = []
-        chosen = models.choose_backend(settings(name, backend=backend), said.append)
+        chosen = loading.choose_backend(settings(name, backend=backend), said.append)
         assert said[0].startswith(f"backend {chosen}: ")
         return chosen, said[0].partition(": ")[2]
 
@@ -479,7 +479,7 @@ def test_backend_and_its_reason(monkeypatch, fake_unsloth):
         choose("unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose("auto") == ("transformers", f"unsloth needs a CUDA GPU: {gpu.obstacle()}")
-    said = models.choose_backend(settings("x", device="cpu"), quiet)
+    said = loading.choose_backend(settings("x", device="cpu"), quiet)
     assert said == "transformers"
     with pytest.raises(CannotRun, match=r"needs a CUDA GPU"):
         choose("unsloth")
@@ -488,34 +488,34 @@ def test_backend_and_its_reason(monkeypatch, fake_unsloth):
 def test_the_device_is_as_set(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    on = [models.choose_dtype(settings("x", device=d), quiet)[1].type for d in ("auto", "cpu")]
+    on = [loading.choose_dtype(settings("x", device=d), quiet)[1].type for d in ("auto", "cpu")]
     assert on == ["cuda", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CannotRun, match=r"model.device cuda: no CUDA GPU|CUDA_VISIBLE_DEVICES"):
-        models.choose_dtype(settings("x", device="cuda"), quiet)
+        loading.choose_dtype(settings("x", device="cuda"), quiet)
 
 
 def test_unsloth_gets_every_setting(fake_unsloth, tiny, tmp_path):
     setup = settings(tiny, quantization="nf4", gradient_checkpointing=True, max_length=48)
     base, _ = models.load(setup, quiet)
     asked = fake_unsloth["load"]
-    assert asked == models.unsloth_arguments(setup, tiny, torch.float32)
+    assert asked == loading.unsloth_arguments(setup, tiny, torch.float32)
     assert asked["load_in_4bit"] and not asked["load_in_8bit"] and not asked["load_in_16bit"]
     assert asked["use_exact_model_name"] and not asked["trust_remote_code"]
     assert asked["use_gradient_checkpointing"] == "unsloth" and asked["max_seq_length"] == 48
     assert base.origin["backend"] == "unsloth"
-    model = adapters.add_lora(base, setup, seed=7)
+    model = models.add_lora(base, setup, seed=7)
     asked = fake_unsloth.pop("lora")
     assert asked["random_state"] == 7 and asked["r"] == 4 and asked["lora_alpha"] == 8
     assert asked["target_modules"] == sorted(setup.lora_targets)
-    adapters.save_adapter(randomize(model), tmp_path)
-    again = adapters.load_adapter(models.load(setup, quiet)[0], tmp_path)
+    models.save_adapter(randomize(model), tmp_path)
+    again = models.load_adapter(models.load(setup, quiet)[0], tmp_path)
     assert fake_unsloth["lora"]["target_modules"] == asked["target_modules"]
     assert same_lora(model, again)
 
 
 def test_16_bit_unsloth_without_quantisation():
-    asked = models.unsloth_arguments(settings("x"), Path("x"), torch.bfloat16)
+    asked = loading.unsloth_arguments(settings("x"), Path("x"), torch.bfloat16)
     assert asked["load_in_16bit"] and not asked["load_in_4bit"]
     assert asked["use_gradient_checkpointing"] is False
 
@@ -527,20 +527,20 @@ def test_a_wrong_end_is_taken_from_the_chat_template(tiny):
     _, tokenizer = models.load(settings(tiny), quiet)
     tokenizer.eos_token = "<|im_start|>"  # what a gguf file says
     said = []
-    models.fix_ending(tokenizer, said.append)
+    loading.fix_ending(tokenizer, said.append)
     assert tokenizer.eos_token == "<|im_end|>" and len(said) == 1
-    models.fix_ending(tokenizer, said.append)
+    loading.fix_ending(tokenizer, said.append)
     assert len(said) == 1
 
 
 def test_padding_leaves_a_good_pad_alone_and_never_takes_eos(tiny):
     _, tokenizer = models.load(settings(tiny), quiet)
     tokenizer.pad_token = "<|im_start|>"
-    models.fix_padding(tokenizer, quiet)
+    loading.fix_padding(tokenizer, quiet)
     assert tokenizer.pad_token == "<|im_start|>"
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     with pytest.raises(InputError, match="pad"):
-        models.fix_padding(tokenizer, quiet)
+        loading.fix_padding(tokenizer, quiet)
 
 
 # ---- 4 bit on a CPU
@@ -568,12 +568,12 @@ def test_no_4_bit_layer_may_repack_its_weights(tiny, avx512_bf16):
     assert not any(m.support_avx512bf16_for_cpu for m in four_bit(base))
     for layer in four_bit(base):
         layer.support_avx512bf16_for_cpu = True
-    model = adapters.add_lora(base, setup, 0)
+    model = models.add_lora(base, setup, 0)
     assert len(four_bit(model)) == 14
     assert not any(m.support_avx512bf16_for_cpu for m in four_bit(model))
     for layer in four_bit(model):
         layer.support_avx512bf16_for_cpu = True
-    assert models.protect_4bit(model) == 14
+    assert loading.protect_4bit(model) == 14
     assert not any(m.support_avx512bf16_for_cpu for m in four_bit(model))
 
 
@@ -584,8 +584,8 @@ def test_lora_gradients_after_a_generation(tiny, avx512_bf16, mended, dtype):
     """Against a dequantised copy; without the mend they are wrong, so the check can fail."""
     setup = settings(tiny, quantization="nf4", dtype=dtype)
     base, tokenizer = models.load(setup, quiet)
-    truth = randomize(adapters.add_lora(adapters.merge(base, getattr(torch, dtype)), setup, 0))
-    model = randomize(adapters.add_lora(base, setup, 0))
+    truth = randomize(models.add_lora(models.merge(base, getattr(torch, dtype)), setup, 0))
+    model = randomize(models.add_lora(base, setup, 0))
     assert same_lora(model, truth)
     for layer in four_bit(model):
         layer.support_avx512bf16_for_cpu = not mended
@@ -638,7 +638,7 @@ def test_lora_starts_as_the_base_and_depends_on_the_seed_alone(base, tiny):
     for run, seed in enumerate((3, 3, 4)):
         torch.manual_seed(run)
         before = torch.get_rng_state()
-        made[run] = adapters.add_lora(copy.deepcopy(base[0]), settings(tiny), seed)
+        made[run] = models.add_lora(copy.deepcopy(base[0]), settings(tiny), seed)
         assert torch.equal(before, torch.get_rng_state())
         assert torch.equal(logits(made[run], base[1]), logits(base[0], base[1]))
     assert same_lora(made[0], made[1]) and not same_lora(made[0], made[2])
@@ -647,7 +647,7 @@ def test_lora_starts_as_the_base_and_depends_on_the_seed_alone(base, tiny):
 
 def test_lora_weights_are_float32_on_a_16_bit_base(tiny):
     setup = settings(tiny, dtype="bfloat16", lora_targets=("all-linear",))
-    model = adapters.add_lora(models.load(setup, quiet)[0], setup, 0)
+    model = models.add_lora(models.load(setup, quiet)[0], setup, 0)
     kinds = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert kinds == {torch.bfloat16}
     assert {p.dtype for p in lora_of(model).values()} == {torch.float32}
@@ -661,11 +661,11 @@ def test_a_trainer_leaves_lora_weights_in_float32(tiny, tmp_path, kept):
 
     setup = settings(tiny, quantization="nf4")
     base, tokenizer = models.load(setup, quiet)
-    model = randomize(adapters.add_lora(base, setup, 0))
+    model = randomize(models.add_lora(base, setup, 0))
     before = lora_of(model)
     config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     rows = Dataset.from_list([{"prompt": PROMPT, "completion": PROMPT}])
-    with adapters.keep_float32(model) if kept else contextlib.nullcontext():
+    with models.keep_float32(model) if kept else contextlib.nullcontext():
         SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     after = lora_of(model)
     equal = all(torch.equal(before[k], after[k]) and after[k].dtype == torch.float32 for k in after)
@@ -674,7 +674,7 @@ def test_a_trainer_leaves_lora_weights_in_float32(tiny, tmp_path, kept):
 
 def test_unknown_targets_are_bad_input(fresh, tiny):
     with pytest.raises(InputError, match=r"model\.lora_targets"):
-        adapters.add_lora(fresh, settings(tiny, lora_targets=("qkv",)), 0)
+        models.add_lora(fresh, settings(tiny, lora_targets=("qkv",)), 0)
 
 
 def test_gradient_checkpointing_changes_no_gradient(base, tiny):
@@ -682,7 +682,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, tiny):
     for checkpointing in (False, True):
         model = copy.deepcopy(base[0])
         model.bbkit_settings = settings(tiny, gradient_checkpointing=checkpointing)
-        model = randomize(adapters.add_lora(model, model.bbkit_settings, 0))
+        model = randomize(models.add_lora(model, model.bbkit_settings, 0))
         assert model.is_gradient_checkpointing == checkpointing
         found.append(lora_gradient(model, batch))
     assert torch.allclose(*found, atol=1e-6)
@@ -691,8 +691,8 @@ def test_gradient_checkpointing_changes_no_gradient(base, tiny):
 @pytest.fixture
 def adapter(base, tiny, tmp_path):
     """A model with a random adapter, and the folder that it was saved to."""
-    model = randomize(adapters.add_lora(copy.deepcopy(base[0]), settings(tiny), 0))
-    return model, adapters.save_adapter(model, tmp_path / "adapter")
+    model = randomize(models.add_lora(copy.deepcopy(base[0]), settings(tiny), 0))
+    return model, models.save_adapter(model, tmp_path / "adapter")
 
 
 def test_an_adapter_comes_back_bit_equal(adapter, fresh, base, tiny):
@@ -701,7 +701,7 @@ def test_an_adapter_comes_back_bit_equal(adapter, fresh, base, tiny):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    again = adapters.load_adapter(fresh, folder)
+    again = models.load_adapter(fresh, folder)
     assert same_lora(model, again)
     assert torch.equal(logits(model, base[1]), logits(again, base[1]))
     assert not torch.equal(logits(again, base[1]), logits(base[0], base[1]))
@@ -715,13 +715,13 @@ def test_an_adapter_comes_back_bit_equal(adapter, fresh, base, tiny):
 
 
 def test_an_adapter_goes_into_matrices_that_are_there_already(adapter, fresh, tiny):
-    other = adapters.add_lora(fresh, settings(tiny), seed=9)
-    assert adapters.load_adapter(other, adapter[1]) is other
+    other = models.add_lora(fresh, settings(tiny), seed=9)
+    assert models.load_adapter(other, adapter[1]) is other
     assert same_lora(adapter[0], other)
 
 
 def test_an_adapter_to_look_at_is_frozen(adapter, fresh):
-    model = adapters.load_adapter(fresh, adapter[1], trainable=False)
+    model = models.load_adapter(fresh, adapter[1], trainable=False)
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -729,16 +729,16 @@ def test_peft_reads_what_is_saved_and_saving_twice_gives_the_same_bytes(adapter,
     from peft import PeftModel
 
     assert same_lora(adapter[0], PeftModel.from_pretrained(fresh, str(adapter[1])))
-    adapters.save_adapter(adapter[0], tmp_path / "twice")
+    models.save_adapter(adapter[0], tmp_path / "twice")
     for file in adapter[1].iterdir():
         assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
 
 
 def spoil_adapter(edit):
     def spoil(folder):
-        tensors = load_file(folder / adapters.ADAPTER)
+        tensors = load_file(folder / models.ADAPTER)
         edit(tensors, sorted(tensors)[0])
-        save_file(tensors, folder / adapters.ADAPTER)
+        save_file(tensors, folder / models.ADAPTER)
 
     return spoil
 
@@ -749,9 +749,9 @@ ADAPTERS = {
     "renamed": spoil_adapter(lambda t, k: t.update({f"x.{k}": t.pop(k)})),
     "another shape": spoil_adapter(lambda t, k: t.update({k: torch.ones(5, 5)})),
     "not a number": spoil_adapter(lambda t, k: t[k].fill_(float("nan"))),
-    "cut short": cut_short(adapters.ADAPTER),
-    "empty": lambda f: (f / adapters.ADAPTER).write_bytes(b""),
-    "no weights": lambda f: (f / adapters.ADAPTER).unlink(),
+    "cut short": cut_short(models.ADAPTER),
+    "empty": lambda f: (f / models.ADAPTER).write_bytes(b""),
+    "no weights": lambda f: (f / models.ADAPTER).unlink(),
     "no configuration": lambda f: (f / "adapter_config.json").unlink(),
     "configuration cut": cut_short("adapter_config.json"),
     "not LoRA": lambda f: edit_json(f / "adapter_config.json", peft_type="IA3"),
@@ -769,17 +769,17 @@ def test_a_spoilt_adapter_is_one_clear_line_and_leaves_the_model_as_it_was(
 ):
     ADAPTERS[case](adapter[1])
     with pytest.raises(InputError) as caught:
-        adapters.load_adapter(fresh, adapter[1])
+        models.load_adapter(fresh, adapter[1])
     assert str(adapter[1]) in str(caught.value) and "\n" not in str(caught.value)
     assert not lora_of(fresh)
     assert torch.equal(logits(fresh, base[1]), logits(base[0], base[1]))
 
 
 def test_another_scale_is_refused_where_matrices_are_there_already(adapter, fresh, tiny):
-    other = adapters.add_lora(fresh, settings(tiny, lora_alpha=99), 0)
+    other = models.add_lora(fresh, settings(tiny, lora_alpha=99), 0)
     before = lora_of(other)
     with pytest.raises(InputError, match="lora_alpha"):
-        adapters.load_adapter(other, adapter[1])
+        models.load_adapter(other, adapter[1])
     assert all(torch.equal(before[k], v) for k, v in lora_of(other).items())
 
 
@@ -787,9 +787,9 @@ def test_another_scale_is_refused_where_matrices_are_there_already(adapter, fres
 def test_merge_is_a_plain_model_that_says_the_same(tiny, tmp_path, quantization):
     setup = settings(tiny, quantization=quantization)
     base, tokenizer = models.load(setup, quiet)
-    model = randomize(adapters.add_lora(base, setup, 0))
+    model = randomize(models.add_lora(base, setup, 0))
     before, lora = logits(model, tokenizer), lora_of(model)
-    plain = adapters.merge(model)
+    plain = models.merge(model)
     assert torch.allclose(logits(plain, tokenizer), before, atol=1e-4)
     assert not lora_of(plain) and not four_bit(plain)
     with torch.no_grad():
@@ -873,14 +873,14 @@ def test_smollm2_from_its_gguf_file():
     model, tokenizer = models.load(setup, print)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert model.origin["parameters"] == 134_515_008
-    truth = adapters.merge(model)
+    truth = models.merge(model)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     asked = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     reply = model.generate(**asked, max_new_tokens=64)[0, asked["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply) and reply[-1] == tokenizer.eos_token_id  # it ends
-    model = randomize(adapters.add_lora(model, setup, 0))
+    model = randomize(models.add_lora(model, setup, 0))
     model.eval()
     with torch.no_grad():
         model.generate(**asked, max_new_tokens=2)
@@ -888,7 +888,7 @@ def test_smollm2_from_its_gguf_file():
     gradient = lora_gradient(model, batch)
     del model
     gc.collect()
-    truth = lora_gradient(randomize(adapters.add_lora(truth, setup, 0)), batch)
+    truth = lora_gradient(randomize(models.add_lora(truth, setup, 0)), batch)
     likeness = cosine(gradient, truth)
     print(f"cosine of the LoRA gradients to a dequantised copy: {likeness:.6f}")
     assert likeness >= 0.9999
@@ -902,8 +902,8 @@ def test_rows_that_come_back_wrong_from_4_bit_are_named(monkeypatch):
         support_avx512bf16_for_cpu = False
 
     model = torch.nn.Sequential(Layer(64, 4), Layer(128, 4), Layer(128, 2))
-    assert models.badly_unpacked(model) == ""
+    assert loading.badly_unpacked(model) == ""
     monkeypatch.setattr(
         functional, "dequantize_4bit", lambda packed, state: torch.zeros(state.shape)
     )
-    assert models.badly_unpacked(model) == "128, 64"
+    assert loading.badly_unpacked(model) == "128, 64"

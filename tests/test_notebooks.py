@@ -262,7 +262,7 @@ def stranger(tmp_path_factory) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from bbkit import hub
+    from bbkit.machine import hub
 
     folder = tmp_path_factory.mktemp("hub") / "model"
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -43,7 +43,7 @@ def test_every_link_within_the_repository_leads_somewhere(page):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_command_named_is_there(module):
-    assert {"bbkit.train", "bbkit.study", "bbkit.comparison", "bbkit.evaluate"} <= {*MODULES}
+    assert {"bbkit.train", "bbkit.study", "bbkit.study.comparison", "bbkit.evaluate"} <= {*MODULES}
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
     )

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from bbkit import adapters, config, instructions, models, questions, replies, retention, sft
+from bbkit import InputError, config, models, retention, sft
 from bbkit.capability import capability_aware
-from bbkit.errors import InputError
+from bbkit.data import instructions, questions, replies
 from bbkit.prompts import messages
 from bbkit.retention import keeping
 
@@ -28,7 +28,7 @@ QUIET = {
 def pocket():
     settings = config.load("pocket", None, ["model.lora_rank=4"]).model
     model, tokenizer = models.load(settings, say=lambda line: None)
-    return adapters.add_lora(model, settings, 0), tokenizer
+    return models.add_lora(model, settings, 0), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def hook_forgotten(self, *_):
 
 def test_without_its_hook_a_step_breaks_the_budget(pocket, known, tmp_path, monkeypatch):
     """The check above can fail: the bound is broken where the hook does nothing."""
-    monkeypatch.setattr("bbkit.limits.Limits._after", hook_forgotten)
+    monkeypatch.setattr("bbkit.combination.Limits._after", hook_forgotten)
     build(pocket, known, tmp_path, steps=12, arguments=CLIPPED, rule="step", budget=0.002).train()
     away = directly(pocket[0], known).item()
     monkeypatch.undo()
@@ -297,7 +297,7 @@ def test_any_trainer_keeps(name, rule, form, pocket, tmp_path):
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "trainer"])
 def test_any_trainer_keeps_what_its_base_says_by_itself(name, writer, tokenizer, tmp_path):
     """A tiny model that writes users' turns."""
-    model = adapters.add_lora(copy.deepcopy(writer), config.load("pocket").model, 0)
+    model = models.add_lora(copy.deepcopy(writer), config.load("pocket").model, 0)
     trainer = trained(name, "self", (moved(model), tokenizer), tmp_path, count=24)
     assert trainer.state.log_history[1]["retention/kl"] > 0
     assert 2 <= len(trainer._kept) <= 24
@@ -354,7 +354,7 @@ def test_dropout_does_not_part_a_model_from_its_base(known, tmp_path):
     for share in (0.0, 0.5):
         settings = config.load("pocket", None, [f"model.lora_dropout={share}"]).model
         model, tokenizer = models.load(settings, say=lambda line: None)
-        model = moved(adapters.add_lora(model, settings, 0))
+        model = moved(models.add_lora(model, settings, 0))
         trainer = trained("sft", known, (model, tokenizer), tmp_path)
         levels.append(trainer.state.log_history[0]["retention/kl"])
     assert levels[0] == pytest.approx(levels[1], rel=1e-5)

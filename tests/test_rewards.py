@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bbkit import instructions, knowledge, prompts, questions, rewards
-from bbkit.errors import InputError
+from bbkit import InputError, prompts, rewards
+from bbkit.data import instructions, knowledge, questions
 from bbkit.prompts import Example
 
 CHOLERA = ("cholera", "cause", "Vibrio cholerae")

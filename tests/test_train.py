@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import config, data, files, models, prompts, study, train
-from bbkit.errors import InputError
-from bbkit.files import read_rows
+from bbkit import InputError, config, data, models, prompts, train
+from bbkit.machine import files
+from bbkit.machine.files import read_rows
+from bbkit.study import runner
 
 SMALL = [
     "--preset", "pocket", "--set", "sft.steps=4", "--set", "sft.save_steps=2",
@@ -98,13 +99,13 @@ def test_ifeval_is_read_before_the_model_and_as_the_settings_say(tmp_path, capsy
 
 
 def test_nothing_that_unsloth_changes_is_imported_before_it(tmp_path):
-    """unsloth changes transformers, PEFT and TRL as it is imported, by models.choose_backend."""
+    """unsloth changes transformers, PEFT and TRL as it is imported, by loading.choose_backend."""
     code = (
         "import sys\nfrom bbkit import models\n"
         "def choose(*_):\n"
         "    print('early:', sorted({'transformers', 'trl', 'peft'} & sys.modules.keys()))\n"
         "    sys.exit(0)\n"
-        "models.choose_backend = choose"
+        "loading.choose_backend = choose"
     )
     _, text, err = finish(start(*SMALL, "--out", str(tmp_path / "run"), code=code))
     assert "early: []" in text, text + err
@@ -472,8 +473,9 @@ def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk):
 @pytest.mark.parametrize("skips", [20, 2])
 def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, stage, skips):
     """With a real scaler, whose first scale overflows here as it does on a T4."""
-    from bbkit import adapters, callback, grpo, questions, record, sft
-    from bbkit.errors import Unhealthy
+    from bbkit import Unhealthy, grpo, models, sft
+    from bbkit.data import questions
+    from bbkit.runs import callback, record
 
     changed = [
         "retention.rule=none", f"{stage}.steps=16", "sft.batch_size=4", "sft.micro_batch_size=4",
@@ -482,7 +484,7 @@ def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, 
     ]  # fmt: skip
     settings = config.load("pocket", None, changed)
     model, tokenizer = models.load(settings.model, lambda line: None)
-    model = adapters.add_lora(model, settings.model, 0)
+    model = models.add_lora(model, settings.model, 0)
     monkeypatch.setattr(callback, "SKIPPED", skips)
     with record.Run(tmp_path / "run", config.to_dict(settings), ["python"]) as run:
         hooks = callback.Recorder(run, stage, settings)
@@ -547,7 +549,7 @@ def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned
     settings = config.to_dict(config.load("pocket", None, words[5::2]))
     out, again = tmp_path / "whole", tmp_path / "again"
     if not method.startswith("retention"):  # whose SFT is another
-        study.fork(tuned, out, settings, ["python"])
+        runner.fork(tuned, out, settings, ["python"])
     code, text, err = finish(start(*words, "--out", str(out)))
     assert code == 0, text + err
     shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-100", "adapter"))

@@ -21,7 +21,8 @@ import torch
 from peft import LoraConfig
 from trl import GRPOConfig, SFTConfig
 
-from bbkit import adapters, config, models, sft
+from bbkit import config, models, sft
+from bbkit.machine import loading
 
 LOADER, LLAMA = "unsloth/models/loader.py", "unsloth/models/llama.py"
 RL, PATCHES = "unsloth/models/rl.py", "unsloth/models/rl_replacements.py"
@@ -135,11 +136,11 @@ def broken(folder: Path) -> list[str]:
         if text not in (folder / file).read_text(encoding="utf-8")
     ]
     settings = config.load("t4").model
-    asked = models.unsloth_arguments(settings, Path("model"), torch.float16)
+    asked = loading.unsloth_arguments(settings, Path("model"), torch.float16)
     through = {"use_safetensors", "local_files_only"}  # by **kwargs to transformers
     known = parameters(folder / LOADER, "from_pretrained", "FastLanguageModel")
     found += [f"from_pretrained takes no {k}" for k in asked if k not in known | through]
-    lora = adapters.unsloth_lora_arguments(settings, LoraConfig(target_modules=["q_proj"]), 0)
+    lora = models.unsloth_lora_arguments(settings, LoraConfig(target_modules=["q_proj"]), 0)
     known = parameters(folder / LLAMA, "get_peft_model", "FastLlamaModel")
     found += [f"get_peft_model takes no {k}" for k in lora if k not in known]
     fields = {f.name for made in (GRPOConfig, SFTConfig) for f in dataclasses.fields(made)}
@@ -191,7 +192,7 @@ if sys.argv[1] == "unsloth":
     from unsloth.models import rl  # asked by hand: UNSLOTH_ALLOW_CPU leaves TRL as it is
     for name in ("grpo_trainer", "sft_trainer"):
         rl._patch_trl_rl_trainers(name)
-from bbkit import adapters, config, grpo, models, sft, train
+from bbkit import models, config, grpo, sft, train
 settings = config.load("pocket", None, [
     "sft.steps=12", "sft.batch_size=16", "sft.micro_batch_size=16", "grpo.steps=2",
     "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=8", "run.threads=1",
@@ -199,7 +200,7 @@ settings = config.load("pocket", None, [
     "retention.rule=none"])
 rows = train.load_rows(settings, None)
 model, tokenizer = models.load(settings.model)
-model = adapters.add_lora(model, settings.model, 0)
+model = models.add_lora(model, settings.model, 0)
 model.for_training = lambda *_, **__: model.train()  # as FastLanguageModel's models have them
 model.for_inference = lambda *_, **__: model.eval()
 asked, general = ([rows["grpo"][i] for i in part] for part in train.axes(rows["grpo"]))
@@ -220,7 +221,7 @@ def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path)
     """SFT, then GRPO with a gradient per capability; the model is transformers', the trainers not.
 
     One pass serves there as well, since the kit has unsloth's loss leave a micro-batch whole
-    (unsloth_grpo_mini_batch) and its sequences apart (models.UNSLOTH). What a CPU does not show:
+    (unsloth_grpo_mini_batch) and its sequences apart (loading.UNSLOTH). What a CPU does not show:
     fused LoRA kernels, which gradients.unfuse takes away.
     """
     zoo = [name.replace("unsloth==", "unsloth_zoo==") for name in pinned()]
@@ -235,7 +236,7 @@ def test_two_steps_on_unsloths_rewritten_trainer_are_those_on_trls_own(tmp_path)
         paths = [str(packages)] if kind == "unsloth" else []
         switches = ("UNSLOTH_ALLOW_CPU", "UNSLOTH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
         environment = {**os.environ, **dict.fromkeys(switches, "1")}
-        environment |= models.UNSLOTH
+        environment |= loading.UNSLOTH
         root = str(Path(sft.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, *paths])
         out = tmp_path / f"{kind}.json"

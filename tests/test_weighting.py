@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bbkit.errors import InputError
+from bbkit import InputError
 from bbkit.weighting import CONTROLLERS, SCHEMES, Stats, advantages, statistics
 
 NAN = float("nan")

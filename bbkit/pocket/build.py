@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bbkit import instructions, knowledge, questions
+from bbkit.data import instructions, knowledge, questions
 from bbkit.prompts import SYSTEM
 
 PARAPHRASES = {

@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from bbkit.errors import InputError
+from bbkit import InputError
 
 _END = (
     r"(?=,|\.|;| and | or | which | that | resulting | in | from | with | has_| has symptom"

@@ -1,7 +1,7 @@
 """Prompts and texts of the kinds that the pocket model was pretrained on, one kind at a time.
 
 Serves the claim of no alignment tax: replies of the base to these prompts say what it was, and the
-texts what it lost where nothing looks (bbkit.elsewhere). The two are apart whatever the seeds: a
+texts what it lost where nothing looks (bbkit.runs.elsewhere). The two are apart whatever the seeds: a
 user turn belongs to one or the other by a hash of its words.
 """
 
@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from bbkit import instructions, knowledge
-from bbkit.errors import InputError
+from bbkit import InputError
+from bbkit.data import instructions, knowledge
 from bbkit.pocket import build
 from bbkit.prompts import Example
 

@@ -1,0 +1,32 @@
+"""What is trained and tested on: cards, rows, questions, instructions, the base's own replies.
+
+The rooms above and the front may import from here; this room imports machine, settings and prompts.
+"""
+
+from bbkit.data.catalogue import (
+    GENERATED as GENERATED,
+)
+from bbkit.data.catalogue import (
+    card as card,
+)
+from bbkit.data.catalogue import (
+    cards as cards,
+)
+from bbkit.data.catalogue import (
+    checksums as checksums,
+)
+from bbkit.data.catalogue import (
+    load as load,
+)
+from bbkit.data.catalogue import (
+    path_of as path_of,
+)
+from bbkit.data.catalogue import (
+    role as role,
+)
+from bbkit.data.catalogue import (
+    there as there,
+)
+from bbkit.data.catalogue import (
+    verify as verify,
+)

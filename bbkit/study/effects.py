@@ -1,0 +1,193 @@
+"""What arms of a recorded study score, and by how much they differ, with intervals.
+
+Serves every claim. An interval is over training seeds and over diseases or prompts at once
+(pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122): the recipe run again and asked other
+questions. `general` is instruction following of kinds that no stage trains on, strict IFEval where
+it was asked; `worse` the worse of it and domain accuracy, `hypervolume` the area that both span.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bbkit.runs import elsewhere, measures, statistics
+from bbkit.study import recorded
+from bbkit.study.recorded import Rows
+
+# Settings of GRPO under which gradients were probed; the noise of others is not known.
+PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
+KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
+Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
+
+
+def arms(kept: Mapping[str, Any]) -> dict[str, dict[int, Rows]]:
+    """Item rows by stage of every arm and seed of a record; `sft` is what the others began with."""
+    found: dict[str, dict[int, Rows]] = {}
+    for name in kept["runs"]:
+        arm, _, seed = name.rpartition("-")
+        found.setdefault(arm, {})[int(seed)] = recorded.unpack(kept, name)
+    return found
+
+
+def last(rows: Rows) -> Sequence[Mapping]:
+    """Item rows of an arm's final model."""
+    return rows["grpo"] if "grpo" in rows else rows["sft"]
+
+
+def models(found: Mapping[str, Mapping[int, Rows]]) -> dict[str, list[Sequence[Mapping]]]:
+    """Item rows of each seed's last model, by arm; `base` is the untrained one."""
+    rows: dict[str, list[Sequence[Mapping]]] = {"base": [r["base"] for r in found["sft"].values()]}
+    return rows | {arm: [last(r) for r in seeds.values()] for arm, seeds in found.items()}
+
+
+def scores(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[Draws, int]]:
+    """Every measure of each arm's last model with its draws, and the number of seeds; base first.
+
+    `regime` "sft" or "grpo" asks for the arms without, or with, GRPO on domain questions alone.
+    """
+    found = {}
+    for arm, rows in models(arms(kept)).items():
+        alone = arm.partition("_")[0] == "alone"
+        if not regime or arm == "base" or alone == (regime == "grpo"):
+            found[arm] = draws(rows), len(rows)
+    return found
+
+
+def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
+    """Every measure of one arm: its mean, and the means of `count` resamples of seeds and clusters.
+
+    `runs` are the item rows of each seed. Two arms asked the same prompts over as many seeds draw
+    the same seeds and clusters, so that their differences are paired.
+
+    >>> row = {"id": "1", "task": "short", "entity": "e", "source": "s", "scores": {"domain": 0.5}}
+    >>> draws([[row], [row]], 3)
+    {'domain': array([0.5, 0.5, 0.5, 0.5])}
+    """
+    others = ("instruction", "elsewhere")  # the rest has domain accuracy, of each data set apart
+    sources = sorted({row["source"] for row in runs[0] if row["task"] not in others})
+    by_source = [f"{m} on {s}" for s in sources for m in ("domain", "domain_lenient")]
+    asked = by_source if len(sources) > 1 else []
+    found = {}
+    for name in (*measures.MEASURES, *KL, *asked, *elsewhere.names(runs[0])):
+        cells = [_cells(rows, name) for rows in runs]
+        if all(cells):
+            table = np.array([[cell[c] for c in cells[0]] for cell in cells])
+            found[name] = statistics.crossed(table, count)
+    for measure, kinds in elsewhere.by_kind(found).items():
+        if kinds:  # the worst kind, whichever it is in each draw
+            found[measure] = np.max([found[name] for name in kinds.values()], axis=0)
+    for name in ("instruction_unseen", "ifeval_strict"):
+        if name in found:
+            found["general"] = found[name]
+    if {"domain", "general"} <= set(found):
+        found["worse"] = np.minimum(found["domain"], found["general"])
+        found["hypervolume"] = found["domain"] * found["general"]
+    return found
+
+
+def _cells(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
+    """Sum and count of a measure by cluster."""
+    measure, _, source = name.partition(" on ")
+    cells: dict[str, list[float]] = {}
+    for row in rows:
+        value = row["scores"].get(measure)
+        if name in KL and (row["task"] == "instruction") == (name != "kl"):
+            value = row.get("kl")
+        if value is not None and source in ("", row["source"]):
+            cell = cells.setdefault(measures.cluster(row), [0.0, 0.0])
+            cell[0] += value
+            cell[1] += 1
+    return cells
+
+
+def told(values: np.ndarray) -> dict[str, Any]:
+    """The measure of a value followed by its draws: {"value", "interval"}."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return {"value": float(values[0]), "interval": [float(low), float(high)]}
+
+
+def change(
+    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, per_nat: float = 0.0
+) -> tuple[Draws, int]:
+    """Draws of arm `after` minus arm `before` over the seeds of both, and how many these are.
+
+    `base` is the untrained model of either. `equal_kl` is `general` less what goes with the
+    difference in KL, at `per_nat` (`slope`).
+    """
+    first = found.get("sft" if before == "base" else before, {})
+    seeds = sorted(set(first) & set(found.get(after, {})))
+    if not seeds:
+        return {}, 0
+    rows = [first[seed]["base"] if before == "base" else last(first[seed]) for seed in seeds]
+    earlier, later = draws(rows), draws([last(found[after][s]) for s in seeds])
+    known = {k: later[k] - earlier[k] for k in later if k in earlier}
+    if {"general", "kl_instruction"} <= set(known):
+        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
+    return known, len(seeds)
+
+
+def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
+    """`general` per nat of KL on instructions, over arms and seeds.
+
+    Least squares through the base, at KL 0: how much is forgotten for how far a model went.
+    """
+    up = down = 0.0
+    for rows in (run for by_seed in found.values() for run in by_seed.values()):
+        base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
+        if {"kl_instruction", "general"} <= set(tuned):
+            kl = tuned["kl_instruction"][0]
+            up += float(kl * (tuned["general"][0] - base["general"][0]))
+            down += float(kl**2)
+    return up / down if down else 0.0
+
+
+def noise_ratio(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
+    """Noise to signal of an arm's gradient over GRPO's at the same SFT, geometric mean over seeds.
+
+    The intervals are those of the probes, joined; None where none shows a signal above the noise.
+    """
+    rows = [(row["ratio"], *row["interval"]) for row, _ in _probed(kept, arm)]
+    if not rows:
+        return None
+    ratios, lows, highs = np.log(rows).T
+    middle, half = ratios.mean(), np.linalg.norm((highs - lows) / 2) / len(rows)
+    value, low, high = np.exp([middle, middle - half, middle + half]).tolist()
+    return {"value": value, "interval": [low, high], "n": len(rows)}
+
+
+def noise_by_entropy(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
+    """That ratio among the groups above the median entropy over the one among those below it.
+
+    Geometric mean with Student's interval over seeds; None with fewer than two.
+    """
+    logs = [
+        math.log(row["high"] / plain["high"]) - math.log(row["low"] / plain["low"])
+        for row, plain in _probed(kept, arm)
+        if all(kind[part] and kind[part] > 0 for kind in (row, plain) for part in ("high", "low"))
+    ]
+    if len(logs) < 2:
+        return None
+    found = statistics.over_seeds(logs)
+    bounds = [math.exp(bound) for bound in found["interval"]]
+    return {"value": math.exp(found["value"]), "interval": bounds, "n": len(logs)}
+
+
+def _probed(kept: Mapping[str, Any], arm: str) -> Iterator[tuple[Mapping, Mapping]]:
+    """Probe rows of an arm's scheme and of GRPO, of each seed that shows a signal.
+
+    None of an arm with rewards, a floor or inner products of its own, which were not probed.
+    """
+    for name, run in kept["runs"].items():
+        section = run["grpo"]
+        if name.rpartition("-")[0] != arm or not section or not run["from"]:
+            continue
+        if any(section.get(key, usual) != usual for key, usual in PROBED.items()):
+            continue
+        combined = section["combination"]
+        scheme = section["advantages"] + ("" if combined == "sum" else f" + {combined}")
+        noise = kept["runs"][run["from"]]["noise"] or {}
+        row = noise.get(scheme)
+        if row and None not in (row["ratio"], *row["interval"]):
+            yield row, noise["grpo"]
