@@ -1,4 +1,4 @@
-"""The command `python -m bbkit.benchmark`: what the gradients and retention cost beside plain TRL; in bbkit.study.benchmark."""
+"""The command `python -m bbkit.benchmark`, which bbkit.study.benchmark is."""
 
 from bbkit.study.benchmark import main
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from bbkit import InputError, gradients, weighting
-from bbkit.combination import Limits
+from bbkit.combination import COMBINATIONS, Limits, adam_scale, combine, gramian
 from bbkit.config import Metric
 from bbkit.machine import sampling
 
@@ -62,7 +62,7 @@ def capability_aware(
     Each reward function is a capability; `args.reward_weights` is the preference. Each step goes
     from rewards to weights (`weighting.CONTROLLERS`, its options in `control`), to advantages
     (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
-    (`gradients.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
+    (`combination.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
     weighted sum goes to the optimiser, and the step that it makes of it is moved to the nearest
     that lowers no capability to first order (`bbkit.combination`): the dual cone, of the step.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
@@ -70,7 +70,7 @@ def capability_aware(
     for what, name, known in (
         ("advantages", advantages, weighting.SCHEMES),
         ("controller", controller, weighting.CONTROLLERS),
-        ("combination", combination, gradients.COMBINATIONS),
+        ("combination", combination, COMBINATIONS),
         ("metric", metric, METRICS),
     ):
         if name not in known:
@@ -224,9 +224,9 @@ class CapabilityAware(Trainer):
         rows /= scale
         inverse = None
         if self.asked.metric == "adam":
-            inverse = gradients.adam_scale(self.optimizer, capture.parameters.values())
-        gramian = gradients.gramian(rows[:kinds], inverse)
-        if scaler and not gramian.isfinite().all():  # overflowed: the scaler leaves it out
+            inverse = adam_scale(self.optimizer, capture.parameters.values())
+        products = gramian(rows[:kinds], inverse)
+        if scaler and not products.isfinite().all():  # overflowed: the scaler leaves it out
             capture.put(torch.ones(len(capture)))
             return
         # PCGrad draws an order, the same on every rank, and the CPU draws it: torch.manual_seed
@@ -235,7 +235,7 @@ class CapabilityAware(Trainer):
             name = f"combination/{self.args.seed}/{self.state.global_step}"
             torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
             method = "sum" if self.asked.metric == "step" else self.asked.combination
-            found = gradients.combine(gramian, method, self.controller.weights)
+            found = combine(products, method, self.controller.weights)
         coefficients = found.new_ones(len(capture))  # that of the KL penalty stays 1
         coefficients[:kinds] = found
         capture.put(coefficients * scale)
@@ -243,13 +243,13 @@ class CapabilityAware(Trainer):
             self.limits.watch(self.optimizer)
             for name, row in zip(names, rows, strict=False):
                 self.limits.add(f"step/{name}", row.clone(), 0.0)
-        cosines = gradients.cosines(gramian)
+        cosines = gradients.cosines(products)
         for j, name in enumerate(names):
             self._note(f"coefficient/{name}", found[j].item())
             self._note(f"gradient_norm/{name}", rows[j].norm().item())
             for k in range(j):
                 self._note(f"cosine/{names[k]}/{name}", cosines[k, j].item())
-        self.gramian = gramian.tolist()
+        self.gramian = products.tolist()
         if self.observed is not None:
             self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
 

@@ -1,4 +1,4 @@
-"""From the Gramian of the capabilities' gradients to the coefficients of the update.
+"""From the Gramian of the capabilities' gradients to the update, and bounds on the step it makes.
 
 Serves the claim of gradient orthogonality: the neighbours that the paper is to be measured against
 (PCGrad, MGDA, UPGrad, Aligned-MTL: TorchJD's weightings) and our reading of it, projection

@@ -18,11 +18,8 @@ from bbkit.data import instructions, questions
 from bbkit.machine.generation import generate as generate  # the notebooks' name for it
 from bbkit.prompts import Example
 from bbkit.runs import measures
-from bbkit.runs.measures import MEASURES as MEASURES
-from bbkit.runs.measures import changes as changes
-from bbkit.runs.measures import cluster as cluster
+from bbkit.runs.measures import cluster as cluster  # this and the next two as generate
 from bbkit.runs.measures import difference as difference
-from bbkit.runs.measures import divergences as divergences
 from bbkit.runs.measures import summary as summary
 
 

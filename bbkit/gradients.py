@@ -16,12 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bbkit import CannotRun, InputError
-from bbkit.combination import COMBINATIONS, combine
-from bbkit.combination import adam_scale as adam_scale
-from bbkit.combination import gramian as gramian
-from bbkit.combination import inner as inner
-
-__all__ = ["COMBINATIONS", "Capture", "capability_gradients", "combine", "watch"]
+from bbkit.combination import combine as combine  # its documented place
+from bbkit.combination import gramian
 
 
 class Capture:

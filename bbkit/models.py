@@ -8,27 +8,16 @@ whatever the base, and files are read strictly, since PEFT does not. bbkit.machi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
 from bbkit import InputError
-from bbkit.machine import cpu, hub, memory
-
-if TYPE_CHECKING:  # at run time unsloth has to be imported before these
-    from transformers import PreTrainedModel
-
-    from bbkit.config import Model as ModelSettings
-
-
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import safetensors.torch
-
-from bbkit.machine import files
+from bbkit.machine import cpu, files, hub, loading, memory
 from bbkit.machine.hub import one_line, reading
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
@@ -36,7 +25,9 @@ if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from transformers import PreTrainedModel
 
     from bbkit.config import Model as ModelSettings
-from bbkit.machine import loading
+
+
+ADAPTER = "adapter_model.safetensors"
 
 
 def load(
@@ -89,9 +80,6 @@ def load(
     model.origin |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     model.origin |= {"quantization": settings.quantization}
     return model.eval(), tokenizer
-
-
-ADAPTER = "adapter_model.safetensors"
 
 
 def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:

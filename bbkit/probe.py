@@ -1,4 +1,4 @@
-"""The command `python -m bbkit.probe`: noise and interference of the gradients at a state of a run; in bbkit.study.probe."""
+"""The command `python -m bbkit.probe`, which bbkit.study.probe is."""
 
 from bbkit.study.probe import main
 

@@ -1,8 +1,8 @@
 """Retention: the base's distribution along its own replies, kept by what a step may not do.
 
 Serves the claim of no alignment tax: rewards say nothing about what none of them measures. The loss
-is KL(base ‖ policy) along greedy replies of the base to broad prompts (bbkit.data.replies), in nats a
-token; rules are a penalty on it, a budget for it on the step that the optimiser really takes (the
+is KL(base ‖ policy) along greedy replies of the base to broad prompts (bbkit.data.replies), in nats
+a token; rules are a penalty on it, a budget for it on the step that the optimiser really takes (the
 paper's orthogonality where it counts; a discrete control barrier, Ames et al. 2019), and A-GEM's
 cone of gradients (arXiv 1812.00420), which Adam undoes. `keeping` puts them around any Trainer.
 """
@@ -126,8 +126,8 @@ def keeping(
 
     Built and used as `trainer` is. `replies`: "self", the base writes conversations before the
     first step (arXiv 2602.20162), no data needed; or prompts, which it then answers greedily; or
-    rows with replies; both in TRL's forms (`bbkit.data.replies.from_rows`). At most `count` are taken, a
-    reply of `max_new_tokens` at most. Each step takes `per_step` of them and their
+    rows with replies; both in TRL's forms (`bbkit.data.replies.from_rows`). At most `count` are
+    taken, a reply of `max_new_tokens` at most. Each step takes `per_step` of them and their
     L = KL(base ‖ policy), nats a token, without dropout:
 
     - `penalty` adds `weight` × ∇L;

@@ -227,7 +227,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
 
     from bbkit import evaluate
     from bbkit.machine import generation, memory
-    from bbkit.runs import elsewhere, report
+    from bbkit.runs import elsewhere, measures, report
 
     section, held_out, ifeval = settings.evaluation, rows["held_out"], rows["ifeval"]
     run.forget_held_out(stage)
@@ -253,10 +253,10 @@ def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
     trained = rows["sft"] + rows["grpo"]  # `majority` must know all that training shows
     written, draws = report.item_rows(run.folder), section.bootstrap
     run.evaluation({
-        stage: evaluate.summary(found + texts, draws),
+        stage: measures.summary(found + texts, draws),
         "baseline": evaluate.baselines(trained, held_out, draws),
-        "difference": evaluate.changes(written, draws),
-        "kl": evaluate.divergences(written, draws),
+        "difference": measures.changes(written, draws),
+        "kl": measures.divergences(written, draws),
     })  # fmt: skip
     step = 0 if stage == "base" else getattr(settings, stage).steps
     for item in [r for r in found if r["task"] != "instruction"][:3] + found[-2:]:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import InputError, config, gradients, models
+from bbkit import InputError, capability, combination, config, models
 from bbkit.capability import capability_aware
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
@@ -219,7 +219,7 @@ def test_in_adams_metric_no_loss_rises_along_adams_direction(build):
 
     class Seen(capability_aware(GRPOTrainer, controller="fixed", metric="adam")):
         def _combine(self):
-            scale = gradients.adam_scale(self.optimizer, self.capture.parameters.values())
+            scale = combination.adam_scale(self.optimizer, self.capture.parameters.values())
             super()._combine()
             step = torch.cat([p.grad.flatten() for p in self.capture.parameters.values()])
             for row in self.observed.values() if scale is not None else ():
@@ -242,11 +242,11 @@ def test_an_order_is_drawn_for_each_seed_and_step_and_by_the_cpu_alone(build, mo
                 patched.setattr(torch, "manual_seed", seeded.append)
                 super()._combine()
 
-    def noted(gramian, method, weights, own=gradients.combine):
+    def noted(gramian, method, weights, own=combination.combine):
         drawn.append(torch.default_generator.initial_seed())
         return own(gramian, method, weights)
 
-    monkeypatch.setattr(gradients, "combine", noted)
+    monkeypatch.setattr(capability, "combine", noted)
     for seed in (0, 1, 2):
         build(trainer=Watched, steps=3, arguments={"seed": seed}).train()
     assert len(set(drawn)) == 9 and not seeded
@@ -336,7 +336,7 @@ import sys
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
-from bbkit import models, config, gradients
+from bbkit import config, gradients, models
 from bbkit.capability import capability_aware
 from bbkit.retention import keeping
 

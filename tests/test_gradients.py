@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bbkit import CannotRun, InputError, config, gradients, models
+from bbkit import CannotRun, InputError, combination, config, gradients, models
 from bbkit.gradients import Capture, capability_gradients, combine, watch
 
 
@@ -245,7 +245,7 @@ def test_cone_steps_oppose_no_objective(method):
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in gradients.COMBINATIONS if m not in ("random", "mgda")]
+    "method", [m for m in combination.COMBINATIONS if m not in ("random", "mgda")]
 )
 def test_without_conflict_nothing_is_bent(method):
     g = torch.eye(3, dtype=torch.float64)
@@ -254,7 +254,7 @@ def test_without_conflict_nothing_is_bent(method):
     )
 
 
-@pytest.mark.parametrize("method", gradients.COMBINATIONS)
+@pytest.mark.parametrize("method", combination.COMBINATIONS)
 def test_rounded_gramians_of_parallel_rows_are_borne(method):
     for seed in range(50):
         g = rows(seed, 2 + seed % 4, 2).float()
@@ -303,7 +303,7 @@ def test_aligned_mtl_makes_the_gradients_orthogonal_and_of_one_length():
     assert torch.allclose(aligned @ aligned.T, wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in gradients.COMBINATIONS if m != "random"])
+@pytest.mark.parametrize("method", [m for m in combination.COMBINATIONS if m != "random"])
 def test_scale_and_order_do_not_matter(method):
     g = rows(5, 2)
     preference = torch.tensor([0.7, 0.3]).double()
@@ -313,7 +313,7 @@ def test_scale_and_order_do_not_matter(method):
     assert torch.allclose(turned, found, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", gradients.COMBINATIONS)
+@pytest.mark.parametrize("method", combination.COMBINATIONS)
 def test_absent_gradients_take_no_part(method):
     g = rows(6)
     g[1] = 0
@@ -327,7 +327,7 @@ def test_absent_gradients_take_no_part(method):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("method", [m for m in gradients.COMBINATIONS if m != "random"])
+@pytest.mark.parametrize("method", [m for m in combination.COMBINATIONS if m != "random"])
 def test_descent_on_quadratics_ends_where_theory_says(count, method):
     """f_k = |x - m_k|²/2: the Pareto set is the hull of the m_k.
 
@@ -364,11 +364,11 @@ def test_adam_scale_is_adams_own():
     """With beta1 = 0, a step changes the parameters by rate times scale times gradient."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.0, 0.9))
-    assert gradients.adam_scale(optimizer, model.parameters()) is None
+    assert combination.adam_scale(optimizer, model.parameters()) is None
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     model(torch.randn(4, 3)).square().sum().backward()
     grad = torch.cat([p.grad.flatten() for p in model.parameters()])
     optimizer.step()
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    scale = gradients.adam_scale(optimizer, model.parameters())
+    scale = combination.adam_scale(optimizer, model.parameters())
     assert torch.allclose(before - after, 0.1 * scale * grad, atol=1e-6)

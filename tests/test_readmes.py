@@ -51,6 +51,14 @@ def test_every_command_named_is_there(module):
 
 
 def test_the_map_names_every_module():
-    tree = TEXTS[ROOT / "bbkit" / "README.md"]
-    named = set(re.findall(r"^  (\w+\.py) ", tree, flags=re.M)) | {"__init__.py"}
-    assert named == {path.name for path in (ROOT / "bbkit").glob("*.py")}
+    text = TEXTS[ROOT / "bbkit" / "README.md"]
+    tree = text.split("## The tree", 1)[1].split("```")[1].split("bbkit/\n")[1]
+    named, folders = set(), [ROOT / "bbkit"]
+    for indent, name in re.findall(r"^((?:  )+)([\w.]+/?) ", tree, flags=re.M):
+        folders = folders[: len(indent) // 2]
+        if name.endswith("/"):
+            folders.append(folders[-1] / name)
+        elif name.endswith(".py"):
+            named.add(folders[-1] / name)
+    rooms = {path for path in (ROOT / "bbkit").rglob("*.py") if path.name[:2] != "__"}
+    assert named == rooms | {ROOT / "bbkit" / "__init__.py"}

@@ -1,6 +1,6 @@
 """What is trained and tested on: cards, rows, questions, instructions, the base's own replies.
 
-The rooms above and the front may import from here; this room imports machine, settings and prompts.
+The rooms above and the front may import from here; this room imports config, machine, prompts.
 """
 
 from bbkit.data.catalogue import (

@@ -1,8 +1,9 @@
 """Which test rows stand in what is trained on: every training source against every test set.
 
 Serves every accuracy claim: leakage is a live dispute in this field (UCSC-VLAA/m1 issue 4,
-MedReason issue 4). `python -m bbkit.data.contamination --data-dir DIR --write` puts what it finds into
-the data cards of the test sets, with examples; a test says when a card is older than its sources.
+MedReason issue 4). `python -m bbkit.data.contamination --data-dir DIR --write` puts what it finds
+into the data cards of the test sets, with examples; a test says when a card is older than its
+sources.
 """
 
 import argparse

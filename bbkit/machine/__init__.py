@@ -1,4 +1,4 @@
 """What this machine can do: its memory, GPU, processes and files, and how a model answers on it.
 
-Any room and the front may import from here; this room imports settings and prompts alone.
+Every room and the front may import from here; this room imports `prompts` alone.
 """

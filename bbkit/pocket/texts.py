@@ -1,8 +1,8 @@
 """Prompts and texts of the kinds that the pocket model was pretrained on, one kind at a time.
 
 Serves the claim of no alignment tax: replies of the base to these prompts say what it was, and the
-texts what it lost where nothing looks (bbkit.runs.elsewhere). The two are apart whatever the seeds: a
-user turn belongs to one or the other by a hash of its words.
+texts what it lost where nothing looks (bbkit.runs.elsewhere). The two are apart whatever the seeds:
+a user turn belongs to one or the other by a hash of its words.
 """
 
 import hashlib

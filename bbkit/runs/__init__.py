@@ -1,4 +1,4 @@
-"""The folder of a run: its record, callback, measures, figures, report, and what leaves it.
+"""The folder of a run: record, callback, measures, figures, report, and the model that leaves it.
 
-train, evaluate, benchmarks and study import from here; this room imports the method and what is below.
+`train`, `evaluate`, benchmarks and study import from here; this room imports the method and below.
 """

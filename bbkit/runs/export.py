@@ -6,6 +6,7 @@ card is filled from the run folder: data and licences, measures with intervals, 
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +22,13 @@ ASKED = "Name one cause of fever."  # the prompt on which the merged model is he
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints one line for a known error."""
     p = argparse.ArgumentParser(
-        prog="python -m bbkit.models", description="Leave a run with a model."
+        prog="python -m bbkit.runs.export", description="Adapter, merged model and card of a run."
     )
-    commands = p.add_subparsers(dest="command", required=True)
-    e = commands.add_parser("export", help="adapter, merged model and model card of a run")
-    e.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    e.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
     kinds = ("auto", "float32", "bfloat16", "float16")
-    e.add_argument("--dtype", default="auto", choices=kinds, help="auto: what the base loads as")
-    e.add_argument("--offline", action="store_true", help="as for bbkit.train")
+    p.add_argument("--dtype", default="auto", choices=kinds, help="auto: what the base loads as")
+    p.add_argument("--offline", action="store_true", help="as for bbkit.train")
     args = p.parse_args(argv)
     return exit_code(lambda: _main(args))
 
@@ -116,3 +115,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], dtype: str, ap
         "\n".join(f"- {key}: {value}" for key, value in report.facts(manifest).items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """The report of a run, report.md in its folder, which a person reads first.
 
 Written from the folder alone, so that it can be written again, on an unfinished run too.
-`python -m bbkit.runs.report RUN [RUN ...]` does that, and prints the results of several runs, seeds of
-one set-up, as one table.
+`python -m bbkit.runs.report RUN [RUN ...]` does that, and prints the results of several runs, seeds
+of one set-up, as one table.
 """
 
 import argparse

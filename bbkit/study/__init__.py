@@ -1,4 +1,4 @@
-"""Above single runs: arms over seeds, records and verdicts, probe, benchmark, the workshop's helps.
+"""Above single runs: arms over seeds, verdicts, probe, benchmark, and the notebooks' helps.
 
-Nothing imports from here but notebooks and the commands bbkit.probe and bbkit.benchmark.
+Only notebooks and the doors `bbkit.probe` and `bbkit.benchmark` import from here.
 """

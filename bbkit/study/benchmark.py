@@ -1,7 +1,8 @@
 """What the method costs: ratios to plain TRL, measured in one process, interleaved.
 
 `python -m bbkit.benchmark` prints a table and writes JSON: of a gradient per capability
-(`bbkit.study.variants`), or with `--retention` of what keeping the base costs (`bbkit.study.retention_cost`).
+(`bbkit.study.variants`), or with `--retention` of what keeping the base costs
+(`bbkit.study.retention_cost`).
 """
 
 import argparse

@@ -148,7 +148,7 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     """
     import torch
 
-    from bbkit import gradients, weighting
+    from bbkit import combination, gradients, weighting
     from bbkit.machine import memory
 
     count, group = sum(len(part["completion_ids"]) for part in batches), trainer.num_generations
@@ -164,7 +164,7 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
             losses.sum().backward()
         entropies.append(entropy.cpu())
         rows.append(capture.gradients)
-    gram = gradients.gramian(torch.cat(rows))
+    gram = combination.gramian(torch.cat(rows))
     weights = trainer.controller.weights
     wanted = torch.tensor(weights, dtype=torch.float64)
     parts, summed = {}, {}
@@ -177,7 +177,7 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
         if scheme != OURS:
             return gradients.noise_to_signal(summed[scheme][groups][:, groups])
         some = parts["capability"][groups][:, groups]
-        found = gradients.combine(some.sum((0, 1)), "dual_cone", weights)  # of the same groups
+        found = combination.combine(some.sum((0, 1)), "dual_cone", weights)  # of the same groups
         return gradients.noise_to_signal(torch.einsum("k,bckl,l->bc", found, some, found))
 
     def logged(scheme, groups):

@@ -1,8 +1,8 @@
 """Arms of the method against each other: whole runs over arms and seeds, and one table of them.
 
 Serves every comparison between methods. Most arms of one seed share the base's replies and an SFT
-(bbkit.study.arms). Each arm is an ordinary run folder, made by the command that its run.json names, so
-that one can be run again.
+(bbkit.study.arms). Each arm is an ordinary run folder, made by the command that its run.json names,
+so that one can be run again.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The front of a recorded study: what its arms know, against what alignment cost them.
 
-Serves the claims ledger: `python -m bbkit.study.comparison RECORD --figures DIR` draws it. One colour
-of Okabe and Ito's an arm; bars are 95 % intervals over seeds and prompts. No tax means two things
-at once: instructions of unseen kinds followed as by the base, and nothing lost elsewhere.
+Serves the claims ledger: `python -m bbkit.study.comparison RECORD --figures DIR` draws it. One
+colour of Okabe and Ito's an arm; bars are 95 % intervals over seeds and prompts. No tax means two
+things at once: instructions of unseen kinds followed as by the base, and nothing lost elsewhere.
 """
 
 from __future__ import annotations

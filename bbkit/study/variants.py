@@ -171,8 +171,8 @@ def step_ratios(
     """The same for whole optimiser steps of TRL's trainer and of the capability-aware one.
 
     {"step"} without, {"step_with_generation"} with sampling the completions, which the
-    capability-aware trainer does by bbkit.machine.sampling: the same ones, from the same seed. The latter
-    in {"seconds"} too, the median.
+    capability-aware trainer does by bbkit.machine.sampling: the same ones, from the same seed. The
+    latter in {"seconds"} too, the median.
     """
     from trl import GRPOTrainer
 

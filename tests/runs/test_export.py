@@ -36,7 +36,7 @@ def test_the_merged_model_is_the_tuned_one_in_plain_transformers(run, tmp_path, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    assert export.main(["export", str(run), "--out", str(out)]) == 0
+    assert export.main([str(run), "--out", str(out)]) == 0
     assert "differ by at most" in capsys.readouterr().out
     plain = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
@@ -54,7 +54,7 @@ def test_the_merged_model_is_the_tuned_one_in_plain_transformers(run, tmp_path, 
 
 def test_the_card_says_what_must_be_known(run, tmp_path):
     out = tmp_path / "out"
-    assert export.main(["export", str(run), "--out", str(out), "--dtype", "bfloat16"]) == 0
+    assert export.main([str(run), "--out", str(out), "--dtype", "bfloat16"]) == 0
     text = (out / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == "transformers" and "base_model" not in front
@@ -67,13 +67,13 @@ def test_nothing_is_overwritten_or_left_half_done(run, tmp_path, capsys, monkeyp
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
-    assert export.main(["export", str(run), "--out", str(out)]) == 2
-    assert export.main(["export", str(run), "--out", str(out / "mine")]) == 2
+    assert export.main([str(run), "--out", str(out)]) == 2
+    assert export.main([str(run), "--out", str(out / "mine")]) == 2
     said = capsys.readouterr().err
     assert said.count("not an empty folder") == 2 and (out / "mine").read_text() == "x"
     monkeypatch.setattr(models, "merge", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
-        export.main(["export", str(run), "--out", str(tmp_path / "other")])
+        export.main([str(run), "--out", str(tmp_path / "other")])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -89,7 +89,7 @@ def test_a_broken_run_is_one_line(run, tmp_path, capsys, spoil, said):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     spoil(copy)
-    assert export.main(["export", str(copy)]) == 2
+    assert export.main([str(copy)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (copy / "export").exists()

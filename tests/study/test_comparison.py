@@ -8,7 +8,7 @@ import pytest
 
 from bbkit.machine.files import read_json
 from bbkit.runs import statistics
-from bbkit.study import arms, comparison, effects, recorded, studyplots
+from bbkit.study import arms, comparison, effects, ledger, recorded, studyplots
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "notebooks" / "recorded" / "pocket.json"
@@ -101,10 +101,10 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have():
 )
 def test_the_rule(low, high, sign, said):
     seen = {"value": (low + high) / 2, "interval": [low, high]}
-    assert comparison.verdict(seen, sign) == said
-    assert comparison.verdict(None, sign) == "not attempted"
+    assert ledger.verdict(seen, sign) == said
+    assert ledger.verdict(None, sign) == "not attempted"
     ratio = {"value": 1, "interval": [np.exp(low), np.exp(high)]}
-    assert comparison.verdict(ratio, sign, 1.0) == (
+    assert ledger.verdict(ratio, sign, 1.0) == (
         "not reproduced" if said == "inconclusive" else said  # e^0.05 is within 0.9 to 1.1
     )
 
@@ -114,13 +114,13 @@ def test_the_rule(low, high, sign, said):
     [(-0.01, 0.5, "reproduced"), (-0.5, -0.03, "not reproduced"), (-0.03, 0, "inconclusive")],
 )
 def test_the_rule_of_what_costs_nothing(low, high, said):
-    assert comparison.verdict({"value": 0, "interval": [low, high]}, 0) == said
+    assert ledger.verdict({"value": 0, "interval": [low, high]}, 0) == said
 
 
 def test_forgetting_less_by_learning_less_is_no_success():
     def said(full):
         kept = record(sft=[((0, 0), 0)], dynamic=[((1, 1), 0)], full=[full])
-        lines = comparison.claims(kept).splitlines()
+        lines = ledger.claims(kept).splitlines()
         return next(line for line in lines if "orthogonality with" in line).split(" | ")[-1]
 
     assert said(((1, 1), 1)) == "reproduced |"
@@ -147,13 +147,13 @@ def test_each_data_set_is_told_apart_and_claims_without_arms_can_be_left_out():
     lines = comparison.sources(kept).splitlines()
     assert lines[0] == "| % | other | s |"
     assert [cell.split()[0] for cell in lines[-1].split(" | ")[1:]] == ["0.0", "100.0"]
-    shorter, whole = comparison.attempted(kept), comparison.claims(kept)
+    shorter, whole = ledger.attempted(kept), ledger.claims(kept)
     assert "not attempted" in whole and "not attempted" not in shorter
     assert set(shorter.splitlines()) < set(whole.splitlines()) and "grpo − sft" in shorter
     told = comparison.told(kept)  # what a study of two arms prints
     assert shorter in told and "not attempted" not in told and "| hypothesis |" not in told
-    first = comparison.main_claims(kept).splitlines()
-    assert set(first) < set(whole.splitlines()) and len(first) == 2 + len(comparison.MAIN)
+    first = ledger.main_claims(kept).splitlines()
+    assert set(first) < set(whole.splitlines()) and len(first) == 2 + len(ledger.MAIN)
 
 
 def test_seeds_after_the_rule_are_judged_by_themselves():
@@ -164,7 +164,7 @@ def test_seeds_after_the_rule_are_judged_by_themselves():
         line = next(row for row in block(kept).splitlines() if "gives it back" in row)
         return line.split(" | ")[3:]
 
-    assert said(comparison.main_claims) == ["5", "inconclusive |"]
+    assert said(ledger.main_claims) == ["5", "inconclusive |"]
     assert said(comparison.BLOCKS["later"]) == ["2", "reproduced |"]
 
 
@@ -181,7 +181,7 @@ def test_noise_is_joined_over_the_seeds_that_show_a_signal():
     found = effects.noise_ratio(kept, "full")
     runs["full_adam-0"] = {"from": "sft-0", "grpo": section | {"metric": "adam"}}
     assert effects.noise_ratio(kept, "full_adam") is None  # other inner products than the probe's
-    assert comparison.ratio_cell(found) == "1.00 [0.61, 1.63]"  # half of the log interval: log 2/√2
+    assert ledger.ratio_cell(found) == "1.00 [0.61, 1.63]"  # half of the log interval: log 2/√2
     assert found["n"] == 2
     by_entropy = effects.noise_by_entropy(kept, "full")
     assert by_entropy["value"] == pytest.approx(0.5) and by_entropy["n"] == 2

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bbkit import CannotRun, gradients, train, weighting
+from bbkit import CannotRun, combination, gradients, train, weighting
 from bbkit.machine import memory
 from bbkit.study import probe
 
@@ -88,7 +88,7 @@ def test_the_residual_of_the_first_order_is_of_the_second(trainer):
         for part, share in zip(batches, columns.split(8), strict=True):
             capture.next(share)
             probe.terms(made, part)[0].sum().backward()
-    step = gradients.combine(capture.gramian, "dual_cone", weights).to(capture.gradients)
+    step = combination.combine(capture.gramian, "dual_cone", weights).to(capture.gradients)
     step = step @ capture.gradients
     slopes = capture.gradients @ step
     assert (slopes > -1e-9 * slopes.abs().max()).all()  # no capability loses along it

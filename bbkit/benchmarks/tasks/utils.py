@@ -104,7 +104,7 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
 
 
 def score_instructions(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Verdicts of IFEval on one reply, whole and by its final answer; see `bbkit.benchmarks.ifeval`."""
+    """Verdicts of IFEval on one reply, whole and by its final answer; see benchmarks.ifeval."""
     row = {"key": doc["id"], "instruction_id_list": doc["instruction_id_list"]}
     row["kwargs"] = json.loads(doc["kwargs"])
     whole, answer = score_ifeval([row, row], [results[0], final_answer(results[0])])
