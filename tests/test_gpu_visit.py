@@ -80,7 +80,8 @@ def test_without_pytest_it_says_what_to_add(monkeypatch, capsys):
 
 def test_it_does_without_torch():
     asked = (
-        "import sys; sys.path.insert(0, 'tests'); import gpu_visit; from bbkit import record, gpu"
+        "import sys; sys.path.insert(0, 'tests'); import gpu_visit; from bbkit.runs import record;"
+        "from bbkit.machine import gpu"
     )
     done = subprocess.run([sys.executable, "-c", f"{asked}; print('torch' in sys.modules)"],
                           cwd=gpu_visit.ROOT, capture_output=True, text=True)  # fmt: skip

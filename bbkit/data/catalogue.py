@@ -8,24 +8,24 @@ no data set beyond "BIOMED-MMLU": which stands for which of its claims is our ch
 import difflib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from bbkit import CannotRun, InputError
+from bbkit.data import corpus, instructions, questions
 from bbkit.data.layouts import fields, normal, parse
 from bbkit.prompts import Example
 
 # Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
-GENERATED = {
-    "ontology": ("questions", "ontology"),
-    "ontology_chains": ("questions", "ontology_chains"),
-    "constraints": ("instructions", "examples"),
-    "pocket_prompts": ("pocket.texts", "prompts"),
+GENERATED: dict[str, Callable[..., list[Example]]] = {
+    "ontology": questions.ontology,
+    "ontology_chains": questions.ontology_chains,
+    "constraints": instructions.examples,
+    "pocket_prompts": corpus.prompts,
 }
 log = logging.getLogger(__name__)
 
@@ -183,8 +183,7 @@ def load(
     entry, place = _split(card_name, split), f"{card_name}, split {split}"
     sources, changes, notes = [], [], []
     if card_name in GENERATED:
-        module, function = GENERATED[card_name]
-        made = getattr(import_module(f"bbkit.{module}"), function)(split, seed=seed)
+        made = GENERATED[card_name](split, seed=seed)
         return [replace(e, source=card_name, split=split) for e in made]
     if data_dir is not None:
         entry = _chosen(card_name, split, data_dir)

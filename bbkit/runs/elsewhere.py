@@ -14,9 +14,8 @@ from typing import Any
 
 from bbkit import CannotRun, data, prompts
 from bbkit.config import Settings
+from bbkit.data import corpus
 from bbkit.machine import generation
-from bbkit.pocket import build
-from bbkit.pocket import texts as pocket
 from bbkit.prompts import Example
 
 # Kinds of text for models other than pocket: data card and split, none of which is trained on.
@@ -44,7 +43,7 @@ def texts(settings: Settings, data_dir: Path | None = None) -> list[Example]:
     if not most:
         return []
     if settings.model.name == "pocket":
-        return [e for kind in build.FORMS for e in pocket.elsewhere(kind, most)]
+        return [e for kind in corpus.FORMS for e in corpus.elsewhere(kind, most)]
     found, gone = [], []
     for kind, (card, split) in OPEN.items():
         rows: list[Example] = []

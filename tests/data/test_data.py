@@ -266,7 +266,7 @@ def test_general_instructions_are_cut_by_instruction(folder):
 
 def test_generated_cards_need_no_folder_and_take_a_seed(monkeypatch):
     made = lambda split, seed=0: [data.Example(f"{split}-{seed}", "short", "What?")]  # noqa: E731
-    monkeypatch.setattr("bbkit.data.questions.ontology", made)
+    monkeypatch.setitem(data.GENERATED, "ontology", made)
     (row,) = data.load("ontology", "test", data_dir="/nowhere", seed=1)
     assert (row.id, row.source, row.split) == ("test-1", "ontology", "test")
     rows = {s: data.load("constraints", s) for s in ("train", "validation", "test")}

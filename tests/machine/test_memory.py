@@ -207,7 +207,7 @@ def test_a_small_process_started_by_a_large_one_has_a_small_peak():
     """Linux' rusage hands the parent's peak on: all figures of a benchmark would be the same."""
     code = (
         "import subprocess, sys\nheld = bytearray(1_000_000_000)\n"
-        "said = 'from bbkit import memory; print(memory.peak_bytes())'\n"
+        "said = 'from bbkit.machine import memory; print(memory.peak_bytes())'\n"
         "print(subprocess.run([sys.executable, '-c', said], capture_output=True).stdout.decode())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

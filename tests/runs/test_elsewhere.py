@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from bbkit import InputError, config, data, evaluate, models, prompts, train
-from bbkit.data import instructions, knowledge
+from bbkit.data import corpus, instructions, knowledge
 from bbkit.machine import generation
 from bbkit.machine.files import read_json, read_rows
-from bbkit.pocket import build
-from bbkit.pocket import texts as pocket
 from bbkit.runs import elsewhere, report
 from bbkit.study import comparison, effects, recorded
 
@@ -70,19 +68,19 @@ def whole(tmp_path_factory):
 def test_prompts_are_distinct_and_of_four_kinds_in_equal_shares():
     rows = data.load("pocket_prompts", "train")
     kinds = [e.entity for e in rows]
-    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(pocket.KINDS, 512)
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(corpus.KINDS, 512)
     assert len({(e.system, e.question) for e in rows}) == len({e.id for e in rows}) == 2048
     for e in rows:
         assert e.task == "instruction" and e.answer and not e.constraints
         assert prompts.messages(e)[-1] == {"role": "user", "content": e.question}
         assert (prompts.messages(e)[0]["content"] == e.system) == bool(e.system)
-    for kind in pocket.KINDS:  # one in five asks for tags, three in ten say something else
+    for kind in corpus.KINDS:  # one in five asks for tags, three in ten say something else
         systems = [e.system for e in rows if e.entity == kind]
-        wraps = [s for s in systems if s and s not in build.SYSTEMS]
+        wraps = [s for s in systems if s and s not in corpus.SYSTEMS]
         assert 0.15 < len(wraps) / 512 < 0.3 and 0.42 < sum(map(bool, systems)) / 512 < 0.58
     assert all(
         e.answer.startswith("<") and e.answer.endswith(">")
-        for e in rows if e.system and e.system not in build.SYSTEMS
+        for e in rows if e.system and e.system not in corpus.SYSTEMS
     )  # fmt: skip
     assert rows == data.load("pocket_prompts", "train")
     assert rows != data.load("pocket_prompts", "train", seed=1)
@@ -110,9 +108,9 @@ def test_documents_of_one_form_leave_the_recipe_as_it_was():
     found = hashlib.sha256()
     for seed in (0, 1, 2):
         for progress in (0.3, 0.6, 1.0):
-            found.update(repr(list(build.documents(seed, 2000, progress))).encode())
+            found.update(repr(list(corpus.documents(seed, 2000, progress))).encode())
     assert found.hexdigest() == "971881f5e6bcc72bd7f83730dd36f031f917f9106793cc50476e8fd15f0985cd"
-    assert {form for form, *_ in build.turns(0, 50, shares=(0, 0, 0, 1, 0))} == {"echo"}
+    assert {form for form, *_ in corpus.turns(0, 50, shares=(0, 0, 0, 1, 0))} == {"echo"}
 
 
 # ---- the texts
@@ -121,7 +119,7 @@ def test_documents_of_one_form_leave_the_recipe_as_it_was():
 def test_texts_of_pocket_are_those_asked_for_and_no_prompts_of_retention():
     many = elsewhere.texts(config.load("pocket"))
     kinds = [e.entity for e in many]
-    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(build.FORMS, 150)
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(corpus.FORMS, 150)
     assert many == elsewhere.texts(config.load("pocket", overrides=["run.seed=5"]))
     assert elsewhere.texts(config.load("pocket", overrides=["evaluation.elsewhere=0"])) == []
     for seed in range(3):
@@ -305,13 +303,13 @@ def test_the_table_of_arms_shows_it_where_it_is_known(whole, tmp_path):
 
 def test_a_run_measures_it_at_every_stage_and_says_so(whole):
     found = read_json(whole / "evaluation.json")
-    kinds = [f"elsewhere{kl}_{kind}" for kl in ("", "_kl") for kind in build.FORMS]
+    kinds = [f"elsewhere{kl}_{kind}" for kl in ("", "_kl") for kind in corpus.FORMS]
     for stage in ("base", "sft", "grpo"):
         for name in (*kinds, "elsewhere", "elsewhere_kl"):
             told = found[stage][name]
             assert told["interval"][0] <= told["value"] <= told["interval"][1], name
             assert told["n"] == 5 and (stage != "base" or told["value"] == 0.0)
-        assert found[stage]["elsewhere"]["kind"] in build.FORMS
+        assert found[stage]["elsewhere"]["kind"] in corpus.FORMS
         assert found[stage]["elsewhere"]["value"] == max(
             found[stage][k]["value"] for k in kinds[:5]
         )

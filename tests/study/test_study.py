@@ -136,7 +136,7 @@ def test_what_is_missing_is_said(made, capsys):
 def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path, sent):
     code = (  # a job in the background begins with Ctrl-C ignored
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from bbkit import study\nsys.exit(runner.main(sys.argv[1:]))"
+        "from bbkit.study import runner\nsys.exit(runner.main(sys.argv[1:]))"
     )
     words = ["-c", code, "--arms", "grpo", "--seeds", "0", "--out", str(tmp_path), *TINY]
     study_ = subprocess.Popen(
