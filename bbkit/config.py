@@ -31,7 +31,7 @@ Metric = Literal["euclidean", "adam", "step"]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Model:
     name: str = "pocket"
     revision: str = ""
@@ -47,14 +47,14 @@ class Model:
     gradient_checkpointing: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Limits:
     sft: Whole = 0
     grpo: Whole = 0
     evaluate: Whole = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Data:
     sft: Names = ("ontology",)
     grpo: Names = ("ontology", "constraints")
@@ -63,7 +63,7 @@ class Data:
     allow_changed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Sft:
     steps: Whole = 100
     batch_size: Count = 32
@@ -80,14 +80,14 @@ class Sft:
     save_steps: Count = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Weights:
     domain: Positive = 1.0
     reasoning: Positive = 1.0
     format: Positive = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Controller:
     rule: Literal["fixed", "deficit", "variance", "covariance", "agreement"] = "fixed"
     rate: Positive = 0.1
@@ -96,7 +96,7 @@ class Controller:
     floor: Annotated[float, Field(ge=0, lt=1 / 3)] = 0.05  # there are 3 rewards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Grpo:
     steps: Whole = 80
     prompts: Count = 32
@@ -128,7 +128,7 @@ class Grpo:
     save_steps: Count = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Retention:
     rule: Literal["none", "penalty", "step", "cone"] = "none"
     weight: Positive = 1.0
@@ -141,7 +141,7 @@ class Retention:
     stages: Annotated[tuple[Literal["sft", "grpo"], ...], Listed] = ("sft", "grpo")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Evaluation:
     questions: Whole = 0
     instructions: Whole = 0
@@ -154,7 +154,7 @@ class Evaluation:
     split: Literal["validation", "test"] = "test"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class RunOptions:
     seed: Whole = 0
     threads: Whole = 0
@@ -163,7 +163,7 @@ class RunOptions:
     samples_per_log: Whole = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Settings:
     """The resolved settings of one run; immutable, and equal when every key is equal."""
 

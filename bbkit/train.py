@@ -16,8 +16,7 @@ from pathlib import Path
 from bbkit import InputError, config, exit_code, held_back
 from bbkit.config import Settings
 from bbkit.data.replies import Reply
-from bbkit.machine import files, processes
-from bbkit.machine.hub import go_private
+from bbkit.machine import files, hub, processes
 from bbkit.prompts import Example
 from bbkit.runs import record
 
@@ -63,7 +62,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
         print(f"preset {preset}: {reason}")
     seed = [] if args.seed is None else [f"run.seed={args.seed}"]
     settings = config.load(preset, args.config, args.set + seed)
-    go_private(args.offline or settings.model.name == "pocket")
+    hub.go_private(args.offline or settings.model.name == "pocket")
     if args.card and not args.dry_run:
         raise InputError("--card says what a dry run plans for; add --dry-run")
     if args.dry_run:

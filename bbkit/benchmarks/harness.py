@@ -123,8 +123,7 @@ def _main(args: argparse.Namespace, command: Sequence[str]) -> int:
                     about = {"model": name, "task": task, "protocol": protocol}
                     rows += [about | row for row in found]
                     print(scorecard.line(label, found), flush=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        files.write_bytes(run.folder / "items.jsonl", text.encode(errors="replace"))
+        files.write_rows(run.folder / "items.jsonl", rows)
         results = scorecard.results(rows, seconds)
         files.write_json(run.folder / "evaluation.json", results)
         scorecard.write(run.folder, results, run.manifest)

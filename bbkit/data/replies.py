@@ -6,7 +6,6 @@ there mixed into the data as rows, here text along which to compare with the bas
 causal model of transformers, with or without an adapter of PEFT, which is off.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -196,8 +195,7 @@ def own_turns(
 
 def write(path: Path, replies: Sequence[Reply]) -> None:
     """Replies as JSON lines, whole or not at all; InputError or CannotRun where that fails."""
-    lines = (json.dumps(reply._asdict(), ensure_ascii=False) + "\n" for reply in replies)
-    files.write_bytes(path, "".join(lines).encode(errors="replace"))
+    files.write_rows(path, (reply._asdict() for reply in replies))
 
 
 def read(path: Path) -> list[Reply]:

@@ -149,24 +149,3 @@ def hypervolume(points: Iterable[tuple[float, float]]) -> float:
             area += max(x, 0.0) * (y - height)
             height = y
     return area
-
-
-def calibration(
-    confidences: Sequence[float], rights: Sequence[bool], bins: int = 10
-) -> dict[str, Any]:
-    """Expected calibration error and the bins that it is made of (Guo et al. 2017, equation 3).
-
-    Bins of equal width, as {"confidence", "accuracy", "n"}; empty ones are left out.
-
-    >>> calibration([0.9, 0.9], [True, False])["error"]
-    0.4
-    """
-    groups: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for confidence, right in zip(confidences, rights, strict=True):
-        groups[min(int(confidence * bins), bins - 1)].append((confidence, right))
-    rows = []
-    for _, pairs in sorted(groups.items()):
-        mean, share = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-        rows.append({"confidence": mean, "accuracy": share, "n": len(pairs)})
-    gaps = (r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows)
-    return {"error": round(sum(gaps) / len(rights), 6), "bins": rows}

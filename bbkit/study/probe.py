@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bbkit import CannotRun, InputError, config, exit_code
-from bbkit.machine import files
+from bbkit.machine import files, hub
 
 OURS = "capability + dual_cone"
 
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    from bbkit import train
     from bbkit.capability import METRICS
 
     if not (args.run / "run.json").exists():
@@ -48,7 +47,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.prompts < 4 or args.prompts * group % size:
         wanted = f"4 or more, and {group} times it a multiple of {size}"
         raise InputError(f"--prompts {args.prompts}: {wanted}")
-    train.go_private(args.offline or stored.model.name == "pocket")
+    hub.go_private(args.offline or stored.model.name == "pocket")
     found: dict[str, Any] = {"run": str(args.run), "stage": args.stage, "prompts": args.prompts}
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_at(args, Path(folder), {"steps": 1, "prompts": args.prompts})

@@ -51,11 +51,3 @@ def test_hypervolume_counts_what_is_dominated_once():
     assert statistics.hypervolume([]) == 0
     front = [(0.1 * i, 1 - 0.1 * i) for i in range(11)]
     assert statistics.hypervolume(front) == pytest.approx(0.45)
-
-
-def test_calibration_of_a_model_that_is_right_as_often_as_it_says():
-    rights = [i % 4 < 3 for i in range(400)]
-    assert statistics.calibration([0.75] * 400, rights)["error"] == 0
-    found = statistics.calibration([1.0, 0.05], [False, False])
-    assert found["error"] == pytest.approx((1 + 0.05) / 2)
-    assert [row["n"] for row in found["bins"]] == [1, 1]
