@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bbkit import InputError
-from bbkit.machine import gpu
 from bbkit.machine.files import read_yaml, yaml_value
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
@@ -202,19 +201,6 @@ def load(
             raise InputError(f"--set {text}: expected key=value, such as grpo.steps=100")
         settings = _with(settings, {key.strip(): value.strip()}, f"--set {text}")
     return _checked(settings)
-
-
-def choose_preset() -> tuple[str, str]:
-    """The preset for this machine, and why, for printing; imports torch."""
-    import torch
-
-    if why := gpu.obstacle():
-        return "pocket", why
-    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    seen = f"{torch.cuda.get_device_name(0)} has {gib:.1f} GiB"
-    if gib >= 14:
-        return "24gb" if gib >= 21 else "t4", seen  # a "24 GB" card reports 22 GiB or more
-    return "pocket", f"{seen}, less than the 14 GiB that preset t4 wants"
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:

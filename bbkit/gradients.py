@@ -222,29 +222,6 @@ def null_cosine(parameters: int) -> float:
     return math.sqrt(2 / (math.pi * parameters))
 
 
-def group_gram(gram: Tensor, advantages: Tensor, group: int) -> Tensor:
-    """(B, B, K, K) inner products of the parts that B groups, of `group` rows, have in K gradients.
-
-    `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`.
-    """
-    count, columns = len(gram) // group, advantages.to(gram).unflatten(0, (-1, group))
-    single = gram.view(count, group, count, group)
-    return torch.einsum("bik,bicj,cjl->bckl", columns, single, columns)
-
-
-def noise_to_signal(parts: Tensor) -> float:
-    """tr Cov of a group's part in the gradient over |the mean part|², from their Gramian (B, B).
-
-    |mean|² is the mean product of two different groups, free of noise; NaN where not above 0.
-
-    >>> noise_to_signal(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
-    1.0
-    """
-    own = parts.diagonal().sum()
-    signal = (parts.sum() - own) / (len(parts) * (len(parts) - 1))
-    return ((own / len(parts) - signal) / signal).item() if signal > 0 else math.nan
-
-
 def halves(advantages: Tensor, group: int = 1) -> Tensor:
     """(N, 2K) advantages: the K columns on the even groups, then the K on the odd ones.
 

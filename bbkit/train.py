@@ -16,7 +16,7 @@ from pathlib import Path
 from bbkit import InputError, config, exit_code, held_back
 from bbkit.config import Settings
 from bbkit.data.replies import Reply
-from bbkit.machine import files, hub, processes
+from bbkit.machine import files, gpu, hub, processes
 from bbkit.prompts import Example
 from bbkit.runs import record
 
@@ -58,7 +58,7 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     preset = args.preset
     if preset is None:
-        preset, reason = config.choose_preset()
+        preset, reason = gpu.choose_preset()
         print(f"preset {preset}: {reason}")
     seed = [] if args.seed is None else [f"run.seed={args.seed}"]
     settings = config.load(preset, args.config, args.set + seed)

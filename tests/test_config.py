@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bbkit import InputError, config
 from bbkit.config import Settings, from_dict, leaves, load, to_dict
+from bbkit.machine import gpu
 
 FOLDER = Path(config.__file__).parent / "presets"
 KEYS = list(leaves(to_dict(Settings())))
@@ -231,7 +232,7 @@ class FakeCuda:
 def test_preset_is_chosen_by_gpu_memory(monkeypatch, gib, preset):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr(torch, "cuda", FakeCuda(gib))
-    name, reason = config.choose_preset()
+    name, reason = gpu.choose_preset()
     assert name == preset and ("Some GPU" in reason) == (gib > 0)
 
 
@@ -258,7 +259,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_from_none(monkeypatch, tmp_path, bu
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", too_old)
-    name, reason = config.choose_preset()
+    name, reason = gpu.choose_preset()
     assert name == "pocket" and re.search(said, reason), reason
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert config.choose_preset()[1] == "CUDA_VISIBLE_DEVICES=-1 hides every GPU"
+    assert gpu.choose_preset()[1] == "CUDA_VISIBLE_DEVICES=-1 hides every GPU"

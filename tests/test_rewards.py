@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bbkit import InputError, prompts, rewards
 from bbkit.data import instructions, knowledge, questions
 from bbkit.prompts import Example
+from bbkit.study import workshop
 
 CHOLERA = ("cholera", "cause", "Vibrio cholerae")
 VIBRIO = ("Vibrio cholerae", "kind", "bacterium")
@@ -117,7 +118,7 @@ def reasoning(example: Example, why: str, answer: str | None = None) -> float:
 @pytest.mark.parametrize("example", [*EXAMPLES, INSTRUCTION], **names)
 @pytest.mark.parametrize("size", [2000, 50_000])
 def test_hack_gallery_scores_what_it_must(example, size):
-    gallery = rewards.hack_gallery(example, size)
+    gallery = workshop.hack_gallery(example, size)
     assert len({name for name, _, _ in gallery}) == len(gallery) >= 2
     for name, text, expected in gallery:
         got = rewards.score(example, text)
@@ -127,7 +128,7 @@ def test_hack_gallery_scores_what_it_must(example, size):
 
 
 def test_gallery_holds_the_kinds_that_the_brief_names():
-    listed = " / ".join(name for name, _, _ in rewards.hack_gallery(ONE))
+    listed = " / ".join(name for name, _, _ in workshop.hack_gallery(ONE))
     for kind in (
         "empty reasoning",
         "two answers",
@@ -160,9 +161,9 @@ def test_time_grows_linearly_with_the_reply(example):
             best = min(best, time.process_time() - start)
         return best
 
-    large = rewards.hack_gallery(example, 1_000_000)
+    large = workshop.hack_gallery(example, 1_000_000)
     for (name, small, _), (_, text, _) in zip(
-        rewards.hack_gallery(example, 62_500), large, strict=True
+        workshop.hack_gallery(example, 62_500), large, strict=True
     ):
         assert seconds(text) < 64 * seconds(small) + 0.02, name
 
@@ -175,7 +176,7 @@ def test_no_step_but_the_cut_at_the_tags_sees_a_long_reply(example, monkeypatch)
         monkeypatch.setattr(
             module, name, lambda text, *rest, old=old: seen.append(len(text)) or old(text, *rest)
         )
-    for _, text, _ in rewards.hack_gallery(example, 100_000):
+    for _, text, _ in workshop.hack_gallery(example, 100_000):
         rewards.score(example, text)
     assert 0 < max(seen) <= rewards.MAX_REASONING
 

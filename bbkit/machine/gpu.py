@@ -58,3 +58,16 @@ def now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def choose_preset() -> tuple[str, str]:
+    """The preset for this machine, and why, for printing; imports torch."""
+    import torch
+
+    if why := obstacle():
+        return "pocket", why
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    seen = f"{torch.cuda.get_device_name(0)} has {gib:.1f} GiB"
+    if gib >= 14:
+        return "24gb" if gib >= 21 else "t4", seen  # a "24 GB" card reports 22 GiB or more
+    return "pocket", f"{seen}, less than the 14 GiB that preset t4 wants"

@@ -169,15 +169,15 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
     parts, summed = {}, {}
     for scheme in weighting.SCHEMES:
         columns = weighting.advantages(trainer.raw_rewards, group, weights, scheme).cpu()
-        parts[scheme] = gradients.group_gram(gram, columns, group)
+        parts[scheme] = group_gram(gram, columns, group)
         summed[scheme] = torch.einsum("k,bckl,l->bc", wanted, parts[scheme], wanted)
 
     def of(scheme, groups):
         if scheme != OURS:
-            return gradients.noise_to_signal(summed[scheme][groups][:, groups])
+            return noise_to_signal(summed[scheme][groups][:, groups])
         some = parts["capability"][groups][:, groups]
         found = combination.combine(some.sum((0, 1)), "dual_cone", weights)  # of the same groups
-        return gradients.noise_to_signal(torch.einsum("k,bckl,l->bc", found, some, found))
+        return noise_to_signal(torch.einsum("k,bckl,l->bc", found, some, found))
 
     def logged(scheme, groups):
         ratio = of(scheme, groups) / of("grpo", groups)
@@ -194,6 +194,32 @@ def noise(trainer, batches: Sequence[Mapping[str, Any]]) -> dict[str, dict]:
             "interval": [math.exp(low), math.exp(high)],
         }  # fmt: skip
     return out
+
+
+def group_gram(gram: Any, advantages: Any, group: int) -> Any:
+    """(B, B, K, K) inner products of the parts that B groups, of `group` rows, have in K gradients.
+
+    `gram` (N, N) is that of single sequences, captured with advantages `torch.eye(N)`.
+    """
+    count, columns = len(gram) // group, advantages.to(gram).unflatten(0, (-1, group))
+    single = gram.view(count, group, count, group)
+    import torch
+
+    return torch.einsum("bik,bicj,cjl->bckl", columns, single, columns)
+
+
+def noise_to_signal(parts: Any) -> float:
+    """tr Cov of a group's part in the gradient over |the mean part|², from their Gramian (B, B).
+
+    |mean|² is the mean product of two different groups, free of noise; NaN where not above 0.
+
+    >>> import torch
+    >>> noise_to_signal(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    1.0
+    """
+    own = parts.diagonal().sum()
+    signal = (parts.sum() - own) / (len(parts) * (len(parts) - 1))
+    return ((own / len(parts) - signal) / signal).item() if signal > 0 else math.nan
 
 
 def _jackknife(statistic, groups) -> tuple[float, float]:

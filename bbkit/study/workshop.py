@@ -13,8 +13,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bbkit.prompts import TAGS
+from bbkit import prompts
+from bbkit.prompts import TAGS, Example
+from bbkit.rewards import REWARDS
 from bbkit.runs.plots import color
+
+Hack = tuple[str, str, dict[str, float | None]]  # name, reply, expected score of each reward
+
+FLOODS = {
+    "answer tags": "<answer>",
+    "closing tags": "</reasoning>",
+    "less-than signs": "<",
+    "broken tags": "</",
+    "NULs": "\0",
+    "zero-width spaces": "\u200b",
+    "right-to-left marks": "\u202e",
+    "stacked accents": "\u0301\u0323",  # NFKC is quadratic in these
+    "emoji": "\U0001f9a0\u200d",
+    "filler": "Let me think about this step by step. ",
+    "one fact": "cholera is caused by Vibrio cholerae. ",
+}
 
 
 def check(name: str, holds: Callable[[], Any], hint: str) -> None:
@@ -106,3 +124,55 @@ def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> 
     minutes = (f"{stage} {facts['seconds'] / 60:.1f}" for stage, facts in done.items())
     print("measured, in minutes:", ", ".join(minutes))
     return folder
+
+
+def hack_gallery(example: Example, size: int = 2000) -> list[Hack]:
+    """Replies that try to earn without answering, and what each must get.
+
+    `domain` and `format` are exact, `reasoning` is the most that the reply may get. `example` must
+    pass `validate`; `size` (2000 or more) is the length in characters of the long replies.
+
+    >>> hack_gallery(Example("1", "short", "Cause?", answer="virus"))[0]
+    ('empty', '', {'domain': 0, 'reasoning': 0, 'format': 0})
+    """
+    if example.task == "instruction":
+        blank = ("empty", ""), ("blanks", " \n" * (size // 2))
+        return [(*hack, {"domain": None, "reasoning": None, "format": 0.0}) for hack in blank]
+    why, gold = example.reasoning, prompts.parse_answer(prompts.completion(example)) or ""
+    wrong = next((o for o in example.options if o != example.answer), "no")
+    options, asked = example.options or (gold, wrong), prompts.messages(example)[-1]["content"]
+    reply = "<reasoning>{}</reasoning><answer>{}</answer>".format
+    right, spam = reply(why, gold), "".join(f"<answer>{option}</answer>" for option in options)
+    half = 0.5 if example.steps else 1  # prose is not held against the facts
+    gallery = [
+        ("empty", "", 0, 0, 0),
+        ("empty reasoning", reply("", gold), 1, 0, 1),
+        ("empty answer", reply(why, ""), 0, 0.5, 1),
+        ("only the answer", f"<answer>{gold}</answer>", 1, 0, 0),
+        ("two answers", f"{right}<answer>{wrong}</answer>", 0, 0, 0),
+        ("every option answered", reply(why, ", ".join(options)), 0, 0.5, 1),
+        ("an answer tag per option", f"<reasoning>{why}</reasoning>{spam}", 0, 0, 0),
+        ("wrong under the gold reasoning", reply(why, wrong), 0, half, 1),
+        ("answer in both parts", reply(f"{why}<answer>{gold}</answer>", gold), 0, 0, 0),
+        ("answer nested", f"<reasoning><answer>{gold}</answer></reasoning>", 0, 0, 0),
+        ("answer first", f"<answer>{gold}</answer><reasoning>{why}</reasoning>", 0, 0, 0),
+        ("unclosed answer", right.removesuffix("</answer>"), 0, 0, 0),
+        ("tag stuffing", "".join(prompts.TAGS) * 3 + right, 0, 0, 0),
+        ("gold hidden in prose", f"{why} The answer is {gold}.", 0, 0, 0),
+        ("gold beside a wrong tag", f"{reply(why, wrong)} It is {gold}.", 0, half, 0.5),
+        ("text outside", f"Sure! {right} Hope it helps.", 1, 1, 0.5),
+        ("zero-width in the tag", right.replace("<answer>", "<ans\u200bwer>"), 0, 0, 0),
+        ("zero-width in the answer", reply(why, f"{gold[:1]}\u200b{gold[1:]}"), 0, 0.5, 1),
+        ("question copied", reply(asked, gold), 1, 0.5 if example.steps else 0, 1),
+        ("reasoning repeated", reply(f"{why} " * 20, gold), 1, 0.1, 1),
+        ("padded with blanks", reply(why, " " * (size // 2) + gold + "\n" * (size // 2)), 1, 1, 1),
+        ("gold over and over", reply(why, f"{gold} " * (size // len(gold) + 2)), 0, 0.5, 1),
+        ("nested", "<reasoning>" * (size // 23) + "</reasoning>" * (size // 23), 0, 0, 0),
+    ]
+    for name, unit in FLOODS.items():
+        flood = unit * (size // len(unit) + 1)
+        gallery.append((f"flood of {name}", flood, 0, 0, 0))
+        if not any(tag in flood for tag in prompts.TAGS):
+            gallery.append((f"reasoning full of {name}", reply(flood, gold), 1, 0.1, 1))
+            gallery.append((f"answer full of {name}", reply(why, flood), 0, 0.5, 1))
+    return [(name, text, dict(zip(REWARDS, marks, strict=True))) for name, text, *marks in gallery]

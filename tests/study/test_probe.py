@@ -127,13 +127,13 @@ def test_noise_of_known_parts():
     found = []
     for _ in range(20):  # noise of 2,000 beside a signal of 400: a ratio of 5
         parts = mean + 5**0.5 * torch.randn(64, 400, generator=rng, dtype=torch.float64)
-        found.append(gradients.noise_to_signal(parts @ parts.T))
+        found.append(probe.noise_to_signal(parts @ parts.T))
     assert sum(found) / 20 == pytest.approx(5, rel=0.05)
     alternate = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
-    assert math.isnan(gradients.noise_to_signal(alternate))
+    assert math.isnan(probe.noise_to_signal(alternate))
     weights, rows = torch.randn(12, 2).double(), torch.randn(12, 5).double()
     parts = torch.einsum("nk,np->nkp", weights, rows).view(4, 3, 2, 5).sum(1)
-    found = gradients.group_gram(rows @ rows.T, weights, 3)
+    found = probe.group_gram(rows @ rows.T, weights, 3)
     assert torch.allclose(found, torch.einsum("bkp,clp->bckl", parts, parts))
 
 

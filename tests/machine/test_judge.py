@@ -7,6 +7,7 @@ import torch
 
 from bbkit import config, grpo, models, prompts
 from bbkit.data import instructions, questions
+from bbkit.machine import judge
 
 QUESTIONS = questions.ontology("validation")[::20][:6]  # of different diseases
 GENERAL = instructions.examples("train", per_kind=1, kinds=instructions.SEEN)[0]
@@ -47,7 +48,7 @@ def test_it_is_the_gain_in_likelihood_under_the_base(pocket):
     model, tokenizer = pocket
     base, _ = models.load(config.load("pocket").model, say=lambda line: None)
     replies = [prompts.completion(e) for e in QUESTIONS]
-    got = grpo.judged(model, tokenizer, QUESTIONS, replies)
+    got = judge.judged(model, tokenizer, QUESTIONS, replies)
     for example, reply, value in zip(QUESTIONS, replies, got, strict=True):
         wanted = max(0.0, math.tanh(gain(base, tokenizer, example, reply) / 2))
         assert value == pytest.approx(wanted, abs=1e-5)
@@ -57,7 +58,7 @@ def test_only_logits_of_answers_are_made(pocket):
     model, tokenizer = pocket
     seen, head = [], model.get_base_model().lm_head
     hook = head.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
-    grpo.judged(model, tokenizer, QUESTIONS[:1], [prompts.completion(QUESTIONS[0])])
+    judge.judged(model, tokenizer, QUESTIONS[:1], [prompts.completion(QUESTIONS[0])])
     hook.remove()
     rows = [
         grpo._tokens(tokenizer, QUESTIONS[0], x)
@@ -71,7 +72,7 @@ def test_the_gold_chain_is_worth_more_than_that_of_another_question(pocket):
     model, tokenizer = pocket
     own = [prompts.completion(e) for e in QUESTIONS]
     others = [*own[1:], own[0]]
-    gold, strange = (sum(grpo.judged(model, tokenizer, QUESTIONS, r)) for r in (own, others))
+    gold, strange = (sum(judge.judged(model, tokenizer, QUESTIONS, r)) for r in (own, others))
     assert gold > strange + 1
 
 
@@ -80,7 +81,7 @@ def test_what_it_does_not_judge(pocket):
     rows = [GENERAL, QUESTIONS[0], QUESTIONS[0]]
     replies = ["anything", "no tags", "<reasoning></reasoning><answer>x</answer>"]
     model.train()
-    assert grpo.judged(model, tokenizer, rows, replies) == [None, 0.0, 0.0]
+    assert judge.judged(model, tokenizer, rows, replies) == [None, 0.0, 0.0]
     assert model.training
 
 

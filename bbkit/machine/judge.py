@@ -1,0 +1,68 @@
+"""The model-based part of the reasoning reward: the frozen base judges, by likelihoods.
+
+Serves the claim that rewards by rules and by a model together beat rules alone. The paper names no
+judge. Here a reasoning is worth as much as it raises the base's likelihood of the gold answer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from bbkit import prompts
+from bbkit.prompts import Example
+
+
+def judged(
+    model, tokenizer, examples: Sequence[Example], replies: Sequence[str]
+) -> list[float | None]:
+    """tanh(d / 2), at least 0, of each reply; None for instructions, 0 without a reasoning part.
+
+    d is the gain in nats, mean over the tokens of the gold answer, of its log-likelihood under the
+    base model: after the reply's reasoning, minus after an empty one. `model` is a PEFT model.
+    """
+    found: list[float | None] = [0.0] * len(replies)
+    pairs = {}
+    for i, (example, reply) in enumerate(zip(examples, replies, strict=True)):
+        reasoning = prompts.parse_reasoning(reply)
+        if example.task == "instruction":
+            found[i] = None
+        elif reasoning:
+            pairs[i] = [_tokens(tokenizer, example, text) for text in ("", reasoning)]
+    # A group's prompt, and often its reasoning, come more than once, and are read once.
+    rows = list(dict.fromkeys(row for pair in pairs.values() for row in pair))
+    values = dict(zip(rows, _likelihoods(model, tokenizer, rows), strict=True))
+    for i, (before, after) in pairs.items():
+        found[i] = max(0.0, math.tanh((values[after] - values[before]) / 2))
+    return found
+
+
+def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[tuple[int, ...], int]:
+    """Tokens of prompt, reasoning and gold answer, and where those of the answer begin."""
+    prompt = tokenizer.apply_chat_template(
+        prompts.messages(example), add_generation_prompt=True, tokenize=False
+    )
+    said = f"<reasoning>{reasoning}</reasoning><answer>"
+    before, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (prompt + said, example.answer)
+    )
+    return (*before, *answer), len(before)
+
+
+def _likelihoods(model, tokenizer, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
+    """Mean log-likelihood, in nats a token, of what follows each row's start, under the base."""
+    found = [0.0] * len(rows)
+    was_training = model.training
+    model.eval()
+    for chosen, ids, mask in prompts.batches([r for r, _ in rows], tokenizer, model):
+        first = min(rows[i][1] for i in chosen)  # of the answers' tokens
+        kept = ids.shape[1] - first
+        with torch.no_grad(), model.disable_adapter():
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept + 1).logits
+        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
+        for row, i in enumerate(chosen):
+            whole, start = rows[i]
+            found[i] = told[row, start - first : len(whole) - first].mean().item()
+    model.train(was_training)
+    return found
