@@ -61,7 +61,7 @@ def test_only_logits_of_answers_are_made(pocket):
     judge.judged(model, tokenizer, QUESTIONS[:1], [prompts.completion(QUESTIONS[0])])
     hook.remove()
     rows = [
-        grpo._tokens(tokenizer, QUESTIONS[0], x)
+        judge._tokens(tokenizer, QUESTIONS[0], x)
         for x in ("", prompts.parse_reasoning(prompts.completion(QUESTIONS[0])))
     ]
     longest, first = max(len(whole) for whole, _ in rows), min(start for _, start in rows)
