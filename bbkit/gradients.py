@@ -1,7 +1,7 @@
 """The gradient of each capability out of one backward pass, and their Gramian.
 
 Serves the claim of gradient orthogonality. The losses of K capabilities differ by one factor per
-sequence, so a backward pass at unit advantage already holds, at each trainable linear map, the
+sequence, so a backward pass at unit advantage already holds, at each module that trains, the
 gradient of each sequence; contracted there with the advantages it gives all K gradients exactly.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bbkit import CannotRun, InputError
 from bbkit.combination import combine as combine  # its documented place
 from bbkit.combination import gramian
+from bbkit.machine.backward import watch as watch
 
 
 class Capture:
@@ -54,7 +55,7 @@ class Capture:
 
     @property
     def missed(self) -> list[str]:
-        """Parameters that got a gradient past the capture: fused kernels, or no linear map."""
+        """Parameters that got a gradient past the capture: fused kernels, packed sequences."""
         return [n for n in self.parameters if n in self.passed_by]
 
     @property
@@ -103,44 +104,25 @@ class Capture:
             parts[group(name)] = parts.get(group(name), 0) + gramian(block)
         return parts
 
-    def _take_in(self, name: str, block: Tensor) -> Tensor | None:
-        """Contract gradients of single sequences (N, …) with the advantages (N, K) into the rows.
+    def take_in(self, name: str, outer: Tensor, inner: Tensor) -> Tensor | None:
+        """Contract outer_iᵀ inner_i of the sequences, (N, T, out) and (N, T, in), with advantages.
 
         Returns what `.grad` gets: nothing, or the sum of packed ones, which cannot be told apart.
         """
-        if len(block) != len(self.advantages):
-            return block.sum(0)
-        self._parts[name].addmm_(self.advantages.T, block.flatten(1).to(self._rows))
+        inner = inner.to(outer.dtype)
+        if len(outer) != len(self.advantages):
+            return torch.einsum("nto,nti->oi", outer, inner)
+        # some sequences at a time: a whole weight's gradients of all of them would not fit
+        some = max(1, 2**24 // (outer.shape[-1] * inner.shape[-1]))
+        for start in range(0, len(outer), some):
+            part = slice(start, start + some)
+            block = outer[part].transpose(1, 2) @ inner[part]  # (N, out, in)
+            self._parts[name].addmm_(self.advantages[part].T, block.flatten(1).to(self._rows))
         return None
 
-
-class _Linear(torch.autograd.Function):
-    """nn.functional.linear that shows its backward pass to a capture.
-
-    Unlike a hook it keeps its input as autograd does, so that checkpointing still frees it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, capture, names):
-        ctx.save_for_backward(x, weight)
-        ctx.capture, ctx.names = capture, names
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, delta):
-        x, weight = ctx.saved_tensors
-        needs, grads = ctx.needs_input_grad, [None, None, None]
-        if needs[0]:
-            grads[0] = (delta @ weight.to(delta.dtype)).to(x.dtype)
-        outer = delta.reshape(len(delta), -1, delta.shape[-1])  # (N, T, out)
-        if needs[1]:
-            inner = x.reshape(len(x), -1, x.shape[-1])
-            block = outer.transpose(1, 2) @ inner.to(outer.dtype)  # (N, out, in)
-            grads[1] = ctx.capture._take_in(ctx.names[0], block)
-        if needs[2]:
-            grads[2] = ctx.capture._take_in(ctx.names[1], outer.sum(1))
-        return *grads, None, None
+    def add(self, name: str, row: int, gradient: Tensor) -> None:
+        """Add to a row what a parameter's gradient is in it, already weighed by its advantages."""
+        self._parts[name][row] += gradient.flatten().to(self._rows)
 
 
 @contextmanager
@@ -171,36 +153,6 @@ def unfuse(model: nn.Module) -> int:
     llama = sys.modules.get("unsloth.models.llama")
     put_back = getattr(llama, "_decline_fused_lora_for_fsdp", None)
     return put_back(model, "one backward pass gives all gradients") if put_back else 0
-
-
-@contextmanager
-def watch(model: nn.Module, capture: Capture) -> Iterator[Capture]:
-    """Let a capture see the forward and backward passes inside; for one that lives longer."""
-    names = {id(p): n for n, p in capture.parameters.items()}
-
-    def captured(module: nn.Linear):
-        own = (names.get(id(module.weight), ""), names.get(id(module.bias), ""))
-
-        def forward(x):
-            if not torch.is_grad_enabled():  # generation
-                return nn.functional.linear(x, module.weight, module.bias)
-            return _Linear.apply(x, module.weight, module.bias, capture, own)
-
-        return forward
-
-    def note(name: str) -> Callable[[Tensor | None], None]:
-        return lambda grad: capture.passed_by.add(name) if grad is not None else None
-
-    with ExitStack() as undo:
-        for name, parameter in capture.parameters.items():
-            undo.callback(parameter.register_hook(note(name)).remove)
-        for module in model.modules():
-            trains = any(id(p) in names for p in module.parameters(recurse=False))
-            # A subclass, or a forward that someone replaced, may compute something else.
-            if type(module) is nn.Linear and trains and "forward" not in vars(module):
-                module.forward = captured(module)  # type: ignore[method-assign]
-                undo.callback(delattr, module, "forward")
-        yield capture
 
 
 def cosines(gramian: Tensor) -> Tensor:

@@ -155,13 +155,88 @@ def test_one_bypassed_micro_batch_among_seen_ones_counts_as_missed():
         assert capture.missed == ["weight", "bias"], flattened
 
 
-def test_other_trainable_parameters_count_as_missed():
-    model = tiny()
-    norm = model.base_model.model.model.norm.weight
-    norm.requires_grad_(True)
-    with capability_gradients(model, torch.ones(2, 1)) as capture:
-        terms(model, *batch(0, 2)).sum().backward()
-    assert capture.missed == ["base_model.model.model.norm.weight"]
+def full(tie=False):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 31}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tie}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def adapted(tie=False, **options):
+    model = get_peft_model(full(tie), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+EVERY, QUERY = {"target_modules": "all-linear"}, {"target_modules": ["q_proj"]}
+TRAINED = {
+    "all weights": full,
+    "all weights, tied": lambda: full(tie=True),
+    "DoRA": lambda: adapted(use_dora=True, lora_dropout=0.3, **EVERY),
+    "LoRA on embeddings": lambda: adapted(target_modules=["embed_tokens", "q_proj"]),
+    "some tokens": lambda: adapted(trainable_token_indices=[1, 2, 3], **QUERY),
+    "some tokens, tied": lambda: adapted(tie=True, trainable_token_indices=[1, 2, 3], **QUERY),
+    "norms and head saved": lambda: adapted(modules_to_save=["norm", "lm_head"], **QUERY),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_one_pass_of_whatever_trains(kind, checkpointing):
+    model = TRAINED[kind]().train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    batches, advantages = [batch(0, 4), batch(1, 4, "left")], [torch.randn(4, 3), torch.randn(4, 3)]
+    capture = one_pass(model, batches, advantages)
+    assert not capture.missed
+    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-5
+
+
+class Odd(nn.Module):
+    """Weights of its own, random numbers within, and an output in a tuple where asked for."""
+
+    def __init__(self, pair=False):
+        super().__init__()
+        self.weight, self.pair = nn.Parameter(torch.randn(3)), pair
+
+    def forward(self, x):
+        out = nn.functional.dropout(x * self.weight, 0.5, self.training)
+        return (out, 0) if self.pair else out
+
+
+def test_a_module_that_draws_draws_the_same_once_more():
+    x, weights = torch.randn(4, 3), torch.randn(4, 2)
+    model = Odd()
+    rows = []
+    for column in weights.T:
+        torch.manual_seed(7)
+        rows.append(torch.autograd.grad((model(x) * column[:, None]).sum(), model.weight)[0])
+    torch.manual_seed(7)
+    with capability_gradients(model, weights) as capture:
+        model(x).sum().backward()
+    assert error(capture.gradients, torch.stack(rows)) <= 1e-6
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_module_runs_again_in_the_precision_of_the_first_time(bfloat16):
+    model, x, weights = full(), batch(0, 4), torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        found = one_pass(model, [x], [weights]).gradients
+        wanted = separate(model, [x], [weights])
+    assert error(found, wanted) <= (2e-2 if bfloat16 else 1e-5)
+
+
+def test_what_gives_no_tensor_or_no_row_a_sequence_counts_as_missed():
+    model = Odd(pair=True)
+    with capability_gradients(model, torch.ones(4, 2)) as capture:
+        model(torch.randn(4, 3))[0].sum().backward()
+    assert capture.missed == ["weight"]
+    places = nn.Embedding(9, 3)  # of positions: one row, which all sequences share
+    with capability_gradients(places, torch.ones(4, 2)) as capture:
+        (places(torch.arange(9)[None]) + torch.randn(4, 9, 3)).sum().backward()
+    assert capture.missed == ["weight"]
 
 
 def test_a_weight_used_a_second_time_past_its_layer_counts_as_missed():
