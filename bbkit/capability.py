@@ -90,19 +90,16 @@ class CapabilityAware(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.aux_loss_enabled or self._entropy_bonus_enabled:
-            raise InputError(
-                "capability-aware GRPO: an entropy bonus or a router's auxiliary loss belongs "
-                "to no capability; set entropy_coef=0 and router_aux_loss_coef=0"
-            )
         start = self.reward_weights.tolist()
         self.controller = weighting.CONTROLLERS[self.asked.controller](start, **self.asked.control)
         self.capabilities = len(start)
         self.gramian: list | None = None  # of the last step's capabilities
         self.micro_batches: list[dict] = []  # of this step so far
         self.observed: dict[str, Tensor] | None = None  # {}: keep each step's gradients here
-        # Rows: the capabilities, then the KL penalty, where there is one.
-        self.capture = gradients.Capture(self.model, self.capabilities + bool(self.beta))
+        # Rows: the capabilities, then what belongs to none and stays as it is, where there is such:
+        # KL penalty, entropy bonus, a router's auxiliary loss.
+        self.rest = bool(self.beta or self._entropy_bonus_enabled or self.aux_loss_enabled)
+        self.capture = gradients.Capture(self.model, self.capabilities + self.rest)
         self.limits: Any = None
         if self.asked.metric == "step":
             self.limits = Limits(self.capture.parameters.values(), self._note)
@@ -152,31 +149,32 @@ class CapabilityAware(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.micro_batches.append(inputs)
         one_pass, ones = self.gradient_engine == "one_pass", torch.ones_like(columns[:, 0])
-        passes = [(ones, 0.0)] if one_pass else [(a, 0.0) for a in columns.T]
-        if self.beta:  # a pass of its own, into the last row
-            passes.append((0 * ones, self.beta))
+        passes = [(ones, False)] if one_pass else [(a, False) for a in columns.T]
+        if self.rest:  # a pass of its own, into the last row
+            passes.append((0 * ones, True))
         value = 0.0
-        for i, (weights, beta) in enumerate(passes):
+        for i, (weights, rest) in enumerate(passes):
             last = i == len(passes) - 1
-            loss = self._loss(inputs | {"advantages": weights}, beta, mute=not last)
-            value = value + loss.detach() * (1.0 if beta else self._worth(i, inputs, columns))
+            loss = self._loss(inputs | {"advantages": weights}, rest, mute=not last)
+            value = value + loss.detach() * (1.0 if rest else self._worth(i, inputs, columns))
             if one_pass:
-                own, penalty = (0 * columns, 1.0) if beta else (columns, 0.0)
-                self.capture.next(pad(own, (0, bool(self.beta)), value=penalty))
+                self.capture.next(pad(columns * (not rest), (0, int(self.rest)), value=float(rest)))
             if not last:
                 self.accelerator.backward(loss)
                 if not one_pass:
                     self.capture.take(i)
         return loss + (value - loss).detach()  # the slope of the last pass, the value of all
 
-    def _loss(self, inputs, beta: float, mute: bool):
+    def _loss(self, inputs, rest: bool, mute: bool):
         """TRL's loss, of the bare model: DDP would sum up gradients that nobody asked for."""
-        model, kept = self.accelerator.unwrap_model(self.model), (self.beta, self._metrics)
-        self.beta = beta
+        names = ("beta", "_entropy_bonus_enabled", "aux_loss_enabled", "_metrics")
+        kept = {name: getattr(self, name) for name in names}
+        if not rest:
+            self.beta, self._entropy_bonus_enabled, self.aux_loss_enabled = 0.0, False, False
         if mute:  # each call would log once more
             self._metrics = {mode: defaultdict(list) for mode in self._metrics}
-        loss = super().compute_loss(model, inputs)
-        self.beta, self._metrics = kept
+        loss = super().compute_loss(self.accelerator.unwrap_model(self.model), inputs)
+        vars(self).update(kept)
         return loss
 
     def _worth(self, i: int, inputs, columns) -> Any:
@@ -236,7 +234,7 @@ class CapabilityAware(Trainer):
             torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
             method = "sum" if self.asked.metric == "step" else self.asked.combination
             found = combine(products, method, self.controller.weights)
-        coefficients = found.new_ones(len(capture))  # that of the KL penalty stays 1
+        coefficients = found.new_ones(len(capture))  # that of the rest stays 1
         coefficients[:kinds] = found
         capture.put(coefficients * scale)
         if self.asked.metric == "step":  # limits alone may be retention's
