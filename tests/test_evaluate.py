@@ -9,7 +9,7 @@ from bbkit import config, evaluate, models, prompts
 from bbkit.data import instructions, questions
 from bbkit.machine import generation
 from bbkit.prompts import Example
-from bbkit.runs import statistics
+from bbkit.runs import measures, statistics
 
 ROWS = questions.ontology("validation")[:40] + instructions.examples("validation", per_kind=2)
 
@@ -106,7 +106,7 @@ def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
     rows = evaluate.items(ROWS[:6], replies)
     for row, value in zip(rows, found, strict=True):
         row["kl"] = value
-    told = evaluate.divergences({"base": evaluate.items(ROWS[:6], replies), "sft": rows}, 50)
+    told = measures.divergences({"base": evaluate.items(ROWS[:6], replies), "sft": rows}, 50)
     assert told["sft"]["value"] == pytest.approx(sum(found) / 6) and set(told) == {"sft"}
 
 

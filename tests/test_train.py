@@ -101,7 +101,7 @@ def test_ifeval_is_read_before_the_model_and_as_the_settings_say(tmp_path, capsy
 def test_nothing_that_unsloth_changes_is_imported_before_it(tmp_path):
     """unsloth changes transformers, PEFT and TRL as it is imported, by loading.choose_backend."""
     code = (
-        "import sys\nfrom bbkit import models\n"
+        "import sys\nfrom bbkit.machine import loading\n"
         "def choose(*_):\n"
         "    print('early:', sorted({'transformers', 'trl', 'peft'} & sys.modules.keys()))\n"
         "    sys.exit(0)\n"
