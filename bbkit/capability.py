@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bbkit import InputError, gradients, weighting
+from bbkit import CannotRun, InputError, gradients, weighting
 from bbkit.combination import COMBINATIONS, Limits, adam_scale, combine, gramian
 from bbkit.config import Metric
 from bbkit.machine import sampling
@@ -29,6 +30,13 @@ else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
 METRICS = get_args(Metric)
+TRL = "1.14.2"  # the version that is pinned, and known to work
+# What the class below takes over from the trainer's, and what it reads there.
+JOINTS = (
+    "_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions",
+    "compute_loss", "training_step", "reward_weights", "reward_func_names", "num_generations",
+    "num_iterations", "loss_type", "beta", "aux_loss_enabled", "_entropy_bonus_enabled", "_metrics",
+)  # fmt: skip
 Asked = namedtuple("Asked", "advantages sigma_floor controller combination metric control")
 
 
@@ -90,6 +98,11 @@ class CapabilityAware(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if gone := [name for name in JOINTS if not hasattr(self, name)]:
+            raise CannotRun(
+                f"capability-aware GRPO: {type(self).__mro__[2].__name__} of trl "
+                f"{metadata.version('trl')} has no {', '.join(gone)}; trl {TRL} is known to work"
+            )
         start = self.reward_weights.tolist()
         self.controller = weighting.CONTROLLERS[self.asked.controller](start, **self.asked.control)
         self.capabilities = len(start)
@@ -119,6 +132,12 @@ class CapabilityAware(Trainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if found.shape[1:] != (self.capabilities,) or len(found) % self.num_generations:
+            raise CannotRun(
+                f"capability-aware GRPO: rewards are {tuple(found.shape)} in trl "
+                f"{metadata.version('trl')}, not (completions, {self.capabilities}); trl {TRL} is "
+                "known to work"
+            )
         self.raw_rewards = found
         if self.model.training:
             groups = self.num_generations

@@ -160,6 +160,7 @@ class RunOptions:
     save_minutes: Whole = 10
     log_steps: Count = 1
     samples_per_log: Whole = 2
+    report_to: Literal["none", "tensorboard", "trackio"] = "none"
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})

@@ -62,7 +62,7 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
         "save_steps": section.save_steps,
         "save_total_limit": 2,
         "logging_steps": settings.run.log_steps,
-        "report_to": "none",
+        "report_to": settings.run.report_to,
         "disable_tqdm": True,
         # NaN must reach `train.Recorder`: the default replaces it in the log by the last mean.
         "logging_nan_inf_filter": False,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import InputError, capability, combination, config, models
+from bbkit import CannotRun, InputError, capability, combination, config, models
 from bbkit.capability import capability_aware
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
@@ -321,6 +321,28 @@ def test_an_infinite_reward_is_named(build):
 
     with pytest.raises(InputError, match="reward 1 of completion 0 is infinite"):
         build(rewards=(vowels, broken)).train()
+
+
+def test_a_trainer_without_a_joint_is_refused_with_the_version_that_has_it(build):
+    class Renamed(GRPOTrainer):
+        def __getattribute__(self, name):
+            if name in ("_calculate_rewards", "aux_loss_enabled") and "optimizer" in vars(self):
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    with pytest.raises(CannotRun, match=r"Renamed of trl .* no _calculate_rewards, aux_loss_en"):
+        build(trainer=capability_aware(Renamed))
+    pins = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"trl=={capability.TRL}"' in pins
+
+
+def test_rewards_of_another_shape_are_refused(build):
+    class Summed(GRPOTrainer):
+        def _calculate_rewards(self, *args):
+            return super()._calculate_rewards(*args).sum(1, keepdim=True)
+
+    with pytest.raises(CannotRun, match=r"rewards are \(8, 1\) in trl .*, not \(completions, 3\)"):
+        build(trainer=capability_aware(Summed)).train()
 
 
 def test_unknown_names_are_refused():

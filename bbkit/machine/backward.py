@@ -92,63 +92,67 @@ def _random(device: torch.device, state: list[Tensor] | None = None) -> list[Ten
     return found
 
 
+def _linear(module: Any, capture: Any, names: dict[int, str], running: list) -> Callable:
+    """The forward of a plain linear map, shown."""
+    own = (names.get(id(module.weight), ""), names.get(id(module.bias), ""))
+
+    def forward(x):
+        if not torch.is_grad_enabled() or running:  # generation
+            return nn.functional.linear(x, module.weight, module.bias)
+        return _Linear.apply(x, module.weight, module.bias, capture, own)
+
+    return forward
+
+
+def _whole(given: Callable, capture: Any, places: dict[str, tuple], running: list) -> Callable:
+    """The forward of any module, shown; `places` say where its parameters stand, by name."""
+    own = [capture.parameters[name] for name in places]
+    device = own[0].device
+
+    def called(parameters, args, kwargs):
+        try:
+            for (holder, key), parameter in zip(places.values(), parameters, strict=True):
+                holder._parameters[key] = parameter
+            return given(*args, **kwargs)
+        finally:
+            for (holder, key), parameter in zip(places.values(), own, strict=True):
+                holder._parameters[key] = parameter
+
+    def forward(*args, **kwargs):
+        if not torch.is_grad_enabled() or running:
+            return given(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs))
+        where = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        drawn, cast = _random(device), torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type)
+
+        def again(parameters, inputs):
+            known = list(flat)
+            for i, value in zip(where, inputs, strict=True):
+                known[i] = value.detach()
+            now = _random(device, drawn)
+            running.append(given)
+            try:
+                with torch.autocast(device.type, dtype, enabled=cast):
+                    return called(parameters, *tree_unflatten(known, spec))
+            finally:
+                running.pop()
+                _random(device, now)
+
+        out = called([p.detach() for p in own], args, kwargs)
+        if not isinstance(out, Tensor):  # its gradients reach `.grad`, and count as missed
+            _random(device, drawn)
+            return given(*args, **kwargs)
+        return _Whole.apply(out, capture, again, tuple(places), *own, *(flat[i] for i in where))
+
+    return forward
+
+
 @contextmanager
 def watch(model: nn.Module, capture: Any) -> Iterator[Any]:
     """Let a `gradients.Capture` see the forward and backward passes inside, however many."""
     names = {id(p): n for n, p in capture.parameters.items()}
-    running: list[nn.Module] = []  # again, for its gradients: what it calls is not to be seen twice
-
-    def linear(module: Any) -> Callable:
-        own = (names.get(id(module.weight), ""), names.get(id(module.bias), ""))
-
-        def forward(x):
-            if not torch.is_grad_enabled() or running:  # generation
-                return nn.functional.linear(x, module.weight, module.bias)
-            return _Linear.apply(x, module.weight, module.bias, capture, own)
-
-        return forward
-
-    def whole(module: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> Callable:
-        given, own = module.forward, [capture.parameters[name] for name in places]
-        device = own[0].device
-
-        def called(parameters, args, kwargs):
-            try:
-                for (holder, key), parameter in zip(places.values(), parameters, strict=True):
-                    holder._parameters[key] = parameter
-                return given(*args, **kwargs)
-            finally:
-                for (holder, key), parameter in zip(places.values(), own, strict=True):
-                    holder._parameters[key] = parameter
-
-        def forward(*args, **kwargs):
-            if not torch.is_grad_enabled() or running:
-                return given(*args, **kwargs)
-            flat, spec = tree_flatten((args, kwargs))
-            where = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
-            drawn, cast = _random(device), torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type)
-
-            def again(parameters, inputs):
-                known = list(flat)
-                for i, value in zip(where, inputs, strict=True):
-                    known[i] = value.detach()
-                now = _random(device, drawn)
-                running.append(module)
-                try:
-                    with torch.autocast(device.type, dtype, enabled=cast):
-                        return called(parameters, *tree_unflatten(known, spec))
-                finally:
-                    running.pop()
-                    _random(device, now)
-
-            out = called([p.detach() for p in own], args, kwargs)
-            if not isinstance(out, Tensor):  # its gradients reach `.grad`, and count as missed
-                _random(device, drawn)
-                return given(*args, **kwargs)
-            return _Whole.apply(out, capture, again, tuple(places), *own, *(flat[i] for i in where))
-
-        return forward
+    running: list = []  # again, for its gradients: what it calls is not to be seen twice
 
     def note(name: str) -> Callable[[Tensor | None], None]:
         return lambda grad: capture.passed_by.add(name) if grad is not None else None
@@ -166,7 +170,7 @@ def watch(model: nn.Module, capture: Any) -> Iterator[Any]:
             }  # fmt: skip
             if places:
                 plain = type(module) is nn.Linear
-                seen = linear(module) if plain else whole(module, places)
-                module.forward = seen  # type: ignore[method-assign]
+                seen: Any = _linear(module, capture, names, running) if plain else None
+                module.forward = seen or _whole(module.forward, capture, places, running)
                 undo.callback(delattr, module, "forward")
         yield capture
