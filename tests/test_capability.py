@@ -14,8 +14,9 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import InputError, capability, combination, config, models
+from bbkit import InputError, capability, combination, config, models, weighting
 from bbkit.capability import capability_aware
+from bbkit.runs import callback
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
 
@@ -273,6 +274,16 @@ def test_an_infinite_reward_is_named(build):
 
     with pytest.raises(InputError, match="reward 1 of completion 0 is infinite"):
         build(rewards=(vowels, broken)).train()
+
+
+def test_a_step_broken_off_leaves_the_weights_as_they_were(build):
+    """What bbkit.runs.callback brings back before it saves, when a signal comes within a step."""
+    trainer = build(controller="deficit", rate=1.0)
+    bring_back, before = callback._as_now(trainer), list(trainer.controller.weights)
+    seen = weighting.statistics(torch.rand(8, 3), 4, before)
+    assert trainer.controller.update(seen) != before
+    bring_back()
+    assert trainer.controller.weights == before
 
 
 def test_unknown_names_and_losses_without_a_capability(build):
