@@ -50,10 +50,13 @@ class Balance(TrainerCallback, ExportableState):
         seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
         return {"args": {}, "attributes": seen}
 
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`; so too where a step was broken off after its weights had moved."""
+        self.trainer.controller.restore(state["attributes"]["controller"])
+        self.trainer.gramian = state["attributes"]["gramian"]
+
     def on_train_begin(self, args, state, control, **_):
-        seen = state.stateful_callbacks.get("Balance", self.state())["attributes"]
-        self.trainer.controller.restore(seen["controller"])
-        self.trainer.gramian = seen["gramian"]
+        self.restore(state.stateful_callbacks.get("Balance", self.state()))
 
 
 def capability_aware(

@@ -64,7 +64,7 @@ def arguments(section, settings: Settings, folder: Path) -> dict:
         "logging_steps": settings.run.log_steps,
         "report_to": settings.run.report_to,
         "disable_tqdm": True,
-        # NaN must reach `train.Recorder`: the default replaces it in the log by the last mean.
+        # NaN must reach `callback.Recorder`: the default replaces it in the log by the last mean.
         "logging_nan_inf_filter": False,
         "auto_find_batch_size": False,
         "torch_empty_cache_steps": None,

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import CannotRun, InputError, capability, combination, config, models
+from bbkit import CannotRun, InputError, capability, combination, config, models, weighting
 from bbkit.capability import capability_aware
+from bbkit.runs import callback
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
 
@@ -343,6 +344,16 @@ def test_rewards_of_another_shape_are_refused(build):
 
     with pytest.raises(CannotRun, match=r"rewards are \(8, 1\) in trl .*, not \(completions, 3\)"):
         build(trainer=capability_aware(Summed)).train()
+
+
+def test_a_step_broken_off_leaves_the_weights_as_they_were(build):
+    """What bbkit.runs.callback brings back before it saves, when a signal comes within a step."""
+    trainer = build(controller="deficit", rate=1.0)
+    bring_back, before = callback._as_now(trainer), list(trainer.controller.weights)
+    seen = weighting.statistics(torch.rand(8, 3), 4, before)
+    assert trainer.controller.update(seen) != before
+    bring_back()
+    assert trainer.controller.weights == before
 
 
 def test_unknown_names_are_refused():

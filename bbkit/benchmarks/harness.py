@@ -2,8 +2,8 @@
 
 Serves the claims on BIOMED-MMLU, MedQA and IFEval. Two protocols, since the choice between them
 moves accuracy by ten points: `loglikelihood` by lm-eval's own tasks, and generated answers step by
-step by the task files in bbkit/tasks, in the kit's prompt (`kit`) and in nobody's (`neutral`). The
-paper names no protocol; each figure carries its own.
+step by the files in bbkit/benchmarks/tasks, in the kit's prompt (`kit`) and in nobody's
+(`neutral`). The paper names no protocol; each figure carries its own.
 """
 
 import argparse
