@@ -114,7 +114,8 @@ TRAPS = [
     "答案：C型肝炎", "答案：维生素D", "答案：A或B", "答案：A、B", "答案：A\n答案：B",
     "Antwort: B-Zellen", "Respuesta: a veces", "Respuesta inmune: B y T", "Réponse: D'abord",
     "答案：В", "Ｂ型肝炎", "Vitamin Ｄ", "Ａ ｖｉｒｕｓ", "Ａ, Ｂ",
-    '{"answer_choice": "C. difficile"}', '{"answer_choice": "B. cereus"}', '{"answer_choice": "D. latum"}',
+    '{"answer_choice": "C. difficile"}', '{"answer_choice": "B. cereus"}',
+    '{"answer_choice": "D. latum"}',
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
 TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
