@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bbkit import InputError, gradients, weighting
+from bbkit import CannotRun, InputError, gradients, weighting
 from bbkit.combination import COMBINATIONS, Limits, adam_scale, combine, gramian
 from bbkit.config import Metric
 from bbkit.machine import sampling
@@ -95,6 +96,11 @@ class CapabilityAware(Trainer):
                 "capability-aware GRPO: an entropy bonus or a router's auxiliary loss belongs "
                 "to no capability; set entropy_coef=0 and router_aux_loss_coef=0"
             )
+        names = self.reward_func_names
+        for i, name in enumerate(names):
+            if name in names[:i]:  # metrics of both would be one
+                names[i] = next(new for n in count(2) if (new := f"{name}_{n}") not in names)
+                print(f"reward {i} is logged as {names[i]}: an earlier one is named {name} too")
         start = self.reward_weights.tolist()
         self.controller = weighting.CONTROLLERS[self.asked.controller](start, **self.asked.control)
         self.capabilities = len(start)
@@ -224,7 +230,11 @@ class CapabilityAware(Trainer):
         rows /= scale
         inverse = None
         if self.asked.metric == "adam":
-            inverse = adam_scale(self.optimizer, capture.parameters.values())
+            try:
+                inverse = adam_scale(self.optimizer, capture.parameters.values())
+            except CannotRun as error:
+                print(f"{error}; inner products are plain")
+                self.asked = self.asked._replace(metric="euclidean")
         products = gramian(rows[:kinds], inverse)
         if scaler and not products.isfinite().all():  # overflowed: the scaler leaves it out
             capture.put(torch.ones(len(capture)))
