@@ -1,10 +1,12 @@
 """BalancedBio kit: an open reproduction of biomedical alignment without the alignment tax."""
 
+import io
+import locale
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # Before torch is imported: its buffers in pages of 2 MB, not of 4 kB, which a CPU spends a part of
@@ -58,6 +60,18 @@ def held_back() -> Iterator[None]:
         raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
 
 
+def _speak_utf8() -> None:
+    """Under LC_ALL=C libraries would read their own UTF-8 files, such as TRL's card, as ASCII."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show is not worth a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("C.UTF-8", "UTF-8"):  # on Linux, on macOS
+        if os.name == "posix" and locale.getpreferredencoding(False).lower() != "utf-8":
+            with suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+    if (found := locale.getpreferredencoding(False)) in ("ANSI_X3.4-1968", "US-ASCII", "646"):
+        raise CannotRun(f"files would be read as {found}, which is ASCII; set PYTHONUTF8=1")
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """What a command line ends with: `command`'s own code, or a known error's after its one line.
 
@@ -68,6 +82,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _speak_utf8()
         return command()
     except (InputError, CannotRun, Unhealthy) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
+from itertools import count
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -106,6 +107,11 @@ class CapabilityAware(Trainer):
                 f"capability-aware GRPO: {type(self).__mro__[2].__name__} of trl "
                 f"{metadata.version('trl')} has no {', '.join(gone)}; trl {TRL} is known to work"
             )
+        names = self.reward_func_names
+        for i, name in enumerate(names):
+            if name in names[:i]:  # metrics of both would be one
+                names[i] = next(new for n in count(2) if (new := f"{name}_{n}") not in names)
+                print(f"reward {i} is logged as {names[i]}: an earlier one is named {name} too")
         start = self.reward_weights.tolist()
         self.controller = weighting.CONTROLLERS[self.asked.controller](start, **self.asked.control)
         self.capabilities = len(start)
@@ -244,7 +250,11 @@ class CapabilityAware(Trainer):
         rows /= scale
         inverse = None
         if self.asked.metric == "adam":
-            inverse = adam_scale(self.optimizer, capture.parameters.values())
+            try:
+                inverse = adam_scale(self.optimizer, capture.parameters.values())
+            except CannotRun as error:
+                print(f"{error}; inner products are plain")
+                self.asked = self.asked._replace(metric="euclidean")
         products = gramian(rows[:kinds], inverse)
         if scaler and not products.isfinite().all():  # overflowed: the scaler leaves it out
             capture.put(torch.ones(len(capture)))

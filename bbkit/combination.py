@@ -146,15 +146,19 @@ def gramian(gradients: Tensor, scale: Tensor | None = None) -> Tensor:
 def adam_scale(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
     """D⁻¹ (P,) of Adam, 1 / (√v̂ + ε) from its second moments as they are now; None before any.
 
-    Raises CannotRun for an optimiser without them, such as those with 8-bit states.
+    Raises CannotRun for an optimiser without them, such as SGD and those with 8-bit states.
     """
     group, parts = optimizer.param_groups[0], []
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    lacking = CannotRun(f"metric adam: {kind} keeps no float second moments of Adam")
+    if "betas" not in group:
+        raise lacking
     for parameter in parameters:
         state = optimizer.state.get(parameter)
         if not state:  # it has never moved
             parts.append(torch.zeros_like(parameter).flatten())
         elif "exp_avg_sq" not in state or state["exp_avg_sq"].shape != parameter.shape:
-            raise CannotRun("metric adam: this optimiser keeps no float second moments of Adam")
+            raise lacking
         else:
             corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
             parts.append(1 / (corrected.sqrt() + group["eps"]).flatten())

@@ -134,7 +134,8 @@ class Controller:
     def __post_init__(self) -> None:
         start, total = self.preference, sum(self.preference)
         if min(start) < 0 or not 0 < total < math.inf:
-            raise InputError(f"weights {list(start)}: none below 0, and not all 0")
+            below = "none below 0 (of what is to fall, return the negative), and not all 0"
+            raise InputError(f"weights {list(start)}: {below}")
         if not 0 <= self.floor * len(start) < 1:
             raise InputError(f"weight floor {self.floor}: below 1/{len(start)}")
         self.floors = [self.floor if w and self.rule is not fixed else 0.0 for w in start]

@@ -362,6 +362,42 @@ def test_unknown_names_are_refused():
             capability_aware(GRPOTrainer, **{what: "adm"})
 
 
+def test_rewards_of_one_name_are_numbered(build, capsys):
+    def vowels_2(completions, **_):
+        return [0.25] * len(completions)
+
+    zeros = types.FunctionType(vowels.__code__, globals(), "vowels")
+    trainer = build(rewards=(vowels, zeros, vowels_2), steps=1, controller="fixed")
+    assert trainer.reward_func_names == ["vowels", "vowels_3", "vowels_2"]
+    assert "reward 1 is logged as vowels_3: an earlier one" in capsys.readouterr().out
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["rewards/vowels_2/mean"] == 0.25 != row["rewards/vowels/mean"]
+    weights = [row[f"weight/{name}"] for name in trainer.reward_func_names]
+    assert weights == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_a_negative_weight_is_refused_with_the_way_out(build):
+    with pytest.raises(InputError, match="return the negative"):
+        build(rewards=(vowels, brief), arguments={"reward_weights": [1.0, -0.5]})
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adafactor"])
+def test_adams_metric_without_adams_moments_is_plain_and_says_so_once(build, optimiser, capsys):
+    rows = []
+    for metric in ("adam", "euclidean"):
+        torch.manual_seed(0)
+        options = {"arguments": {"optim": optimiser}, "controller": "fixed", "metric": metric}
+        trainer = build(steps=3, **options)
+        trainer.train()
+        rows.append([r for r in trainer.state.log_history if "loss" in r])
+        said = capsys.readouterr().out.count("keeps no float second moments of Adam; inner prod")
+        assert said == (metric == "adam")
+    for ours, plain in zip(*rows, strict=True):
+        for key in (k for k in plain if k.startswith(("cosine/", "coefficient/"))):
+            assert ours[key] == plain[key], key
+
+
 def test_the_log_holds_every_key_of_the_contract(build):
     trainer = build(steps=2, metric="adam", controller="agreement")
     trainer.train()

@@ -43,7 +43,11 @@ def kept(*items: str) -> list[str]:
     return ["--preset", "pocket", *(f"--set={item}" for item in items)]
 
 
-def start(*words: str, code: str = "") -> subprocess.Popen:
+# Python forced out of UTF-8, as under cron or in a bare container.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def start(*words: str, code: str = "", **env: str) -> subprocess.Popen:
     """The command as a user types it (or `code` before it), in a process of its own."""
     call = ["-m", "bbkit.train", *words]
     if code:
@@ -53,8 +57,9 @@ def start(*words: str, code: str = "") -> subprocess.Popen:
             *words,
         ]
     return subprocess.Popen(
-        [sys.executable, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, *call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | env,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -64,16 +69,34 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """One uninterrupted small run, in which any attempt to connect is an error."""
+    """One uninterrupted small run, for which connecting is an error, and the locale is ASCII."""
     guard = (
         "import socket\n"
         "def refuse(*a): raise SystemExit('tried to connect')\n"
         "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse"
     )
     out = tmp_path_factory.mktemp("whole") / "run"
-    code, text, err = finish(start(*SMALL, "--out", str(out), code=guard))
+    code, text, err = finish(start(*SMALL, "--out", str(out), code=guard, **ASCII))
     assert code == 0, text + err
     return out
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_every_command_reads_utf8_or_says_how_to(mended, tmp_path):
+    (tmp_path / "card.md").write_text("Gallouédec", encoding="utf-8")
+    none = "" if mended else "import locale\nlocale.setlocale = lambda *_: 'C'\n"
+    code = (
+        f"{none}from pathlib import Path\nfrom bbkit import exit_code\n"
+        "raise SystemExit(exit_code(lambda: print(Path('card.md').read_text())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | ASCII, cwd=tmp_path, capture_output=True
+    )
+    if mended:
+        assert (done.returncode, done.stdout) == (0, b"Gallou\\xe9dec\n"), done.stderr
+    else:
+        assert done.returncode == 3 and not done.stdout
+        assert done.stderr.startswith(b"error: files would be read as ") and b"=1\n" in done.stderr
 
 
 def test_help_is_quick_and_imports_no_torch():

@@ -8,22 +8,25 @@ letters of that kind, a hedge or a denial give None: never a guess, and never a 
 
 import re
 from collections.abc import Iterator
+from unicodedata import normalize
 
 from bbkit import prompts
 
-# After a genus: "C. difficile" is no option C. Texts of options are not known here.
-EPITHETS = (
-    "abortus acnes actinomycetemcomitans aerogenes albicans anthracis auris bacilliformis "
-    "baumannii botulinum braziliense bronchiseptica burgdorferi burnetii caninum canis "
-    "cantonensis cepacia cereus cloacae coli corrodens dermatitidis diff difficile diphtheriae "
-    "duodenale elegans faecalis faecium felis fetus flavus fragilis freundii fumigatus gattii "
-    "glabrata granulosus hafniensis henselae hermsii histolytica hominis hydrophila immitis "
-    "israelii jejuni koseri krusei latum lumbricoides lusitaniae malayi mallei medinensis "
-    "melanogaster melitensis microti minutissimum multilocularis neoformans niger novyi "
-    "parapertussis parapsilosis parvum perfringens pertussis phagocytophilum pneumoniae "
-    "pseudomallei psittaci quintana recurrentis rhusiopathiae septicum sinensis sordellii "
-    "subtilis suis terreus tetani trachomatis tropicalis ulcerans upsaliensis vermicularis"
-).split()
+# After a genus: "C. difficile" is no option C. By the letter of the genus: "B. Fetus" may be B.
+EPITHETS = dict(re.findall(
+    "([A-Z]) ([a-z ]+)",
+    "A actinomycetemcomitans aegypti baumannii braziliense caninum cantonensis duodenale felis "
+    "flavus fumigatus hydrophila israelii lumbricoides niger phagocytophilum terreus B abortus "
+    "anthracis bacilliformis bronchiseptica burgdorferi canis cepacia cereus coli dermatitidis "
+    "fragilis glabrata henselae hermsii hominis malayi mallei melitensis microti parapertussis "
+    "pertussis pseudomallei quintana recurrentis subtilis suis tropicalis C abortus acnes albicans "
+    "auris botulinum burnetii coli diff difficile diphtheriae elegans felis fetus freundii gattii "
+    "glabrata hafniensis hominis immitis jejuni koseri krusei lusitaniae minutissimum neoformans "
+    "novyi parapsilosis parvum perfringens pneumoniae psittaci septicum sinensis sordellii tetani "
+    "trachomatis tropicalis ulcerans upsaliensis D caninum folliculorum fragilis hominis immitis "
+    "latum medinensis melanogaster E aerogenes canis cloacae coli corrodens dermatitidis faecalis "
+    "faecium granulosus histolytica multilocularis rhusiopathiae vermicularis",
+))  # fmt: skip
 GAP = r"[\s*_`\"'“”‘’$]{0,12}"
 # Words that may follow a bare letter: no noun of which the letter would be a part (B cells).
 AFTER = "because since as due based given which here therefore thus per according".split()
@@ -33,10 +36,23 @@ IS = (
 )
 KIND = r"(?:answer|option|choice|letter|response)"
 SURE = r"(?:(?:most\slikely|likely|probably|clearly|thus|therefore|indeed|simply)\s{1,4})?"
-NAMED = rf"(?:(?:the\s)?{KIND}\s{{1,4}}|{KIND}:\s{{0,4}})?"
+NAMED = rf"(?:(?:the\s)?{KIND}\s{{1,4}}(?!is\b)|{KIND}:\s{{0,4}})?"
+FOREIGN = (  # the word for "answer"; no \b in what is written without spaces
+    r"(?:答案|回答|答え|正解|정답|(?i:\b(?:respuesta|réponse|antwort|risposta|resposta|antwoord|svar|"
+    r"ответ|cevap|jawaban|odpowiedź)(?:\s(?:corr\w{1,7}|final\w?))?))\s{0,4}(?:[:=]|[是为為は])"
+)
 SENTENCE = re.compile(
     rf"(?i:\b(?:answer|choice|option|response|ans)\.?(?:\s{{1,4}}{KIND})?{GAP}{IS}){GAP}:?{GAP}"
     rf"(?i:{SURE}{NAMED})"
+)
+SHORT = re.compile(  # no dash of a list below
+    r"(?:\b[Aa]ns\b[.)]?(?=[ *_])|(?i:\b(?:answer|choice|option|ans)\b)\.?[ *_]{0,6}[-–—]{1,2}|"
+    rf"{FOREIGN}){GAP}"
+)
+# A small letter is one only where its word ends: "is a virus", "is a\nvirus" have an article.
+SMALL = (
+    r"(?!(?<=a)[ ]{0,4}\n\s{0,3}(?!because|since)[a-z])[*_`\"'”’]{0,3}"
+    r"(?:[.)]?[*_ ]{0,4}(?:$|\n)|[.)]\s|,?\s(?:because|since)\b)"
 )
 CHOSEN = re.compile(
     r"(?i:\b(?:i|i'd|i'll|we)\s(?:would\s|will\s)?(?:choose|select|pick|go\swith)\s{1,4}"
@@ -58,6 +74,12 @@ BARE = (
     r"[*_]{{0,3}}\sis\s(?:the\s)?(?:correct|right|best)(?:\s(?:answer|option|choice))?\s?"
     r"(?:[.,;!]|$|\n|because|since)"
 )
+# "So it must be B": only as a reply's last words, and not where a blood group was spoken of.
+IT = (
+    r"(?:^|[.!?\n]\s{{0,3}})(?i:(?:so|thus|therefore|hence),?\s)?"
+    r"(?i:it(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s)[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
+)
+LETTERED = r"(?i:\b(?:antigen|blood|class|factor|grade|group|hepatitis|stage|type|vitamin)s?\b)"
 LAST = re.compile(r"(?i:(?:thus|therefore|hence|so),?\s)?(?i:(?:option|choice)\s)?[*_]{0,3}")
 UNSURE = re.compile(
     r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|neither|rather\sthan|instead\sof|except|"
@@ -86,7 +108,8 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
     >>> extract_choice("The answer is A or B."), extract_choice("The answer is C. difficile.")
     (None, None)
     """
-    text = PLAIN.sub("", text.rpartition("</think>")[2].translate(WIDE))
+    text = FORMS.sub(lambda m: normalize("NFKC", m[0]), text.rpartition("</think>")[2])
+    text = PLAIN.sub("", TOKENS.sub("\n", text.translate(STOPS))).strip()
     for kind in (_tag, _json, _boxed, _sentences, _lines):
         found = set(kind(text, letters))
         if found:
@@ -96,7 +119,10 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
 
 LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
 PLAIN = re.compile(r"\\[()]|</?(?i:b|i|em|strong)>")  # marks around a letter
-WIDE = str.maketrans("：（）．", ":().")
+TOKENS = re.compile(r"<\|[^|<>\s]+\|>|</?(?:s|[be]os|pad|\w+_of_turn)>|\[/?INST\]")
+STOPS = str.maketrans({"。": ". ", "、": ", "})
+# Full width, circled, bold; a whole text's NFKC takes its length squared where marks pile up.
+FORMS = re.compile("[\u2460-\u24ff\u3000\uff01-\uff5e\U0001d400-\U0001d7ff]")
 FIELD = (
     r'"(?:final_|correct_)?(?i:answer|choice|option)(?:_choice|_letter|_option)?"\s{0,8}:\s{0,8}'
     r'(?:"([^"\n]{0,400})"|([A-Z])\b)'
@@ -133,14 +159,16 @@ def _whole(given: str, letters: str) -> str | None:
 
 def _label(text: str, at: int, letters: str) -> str | None:
     """The letter that stands at `at` as a label of its own and not as part of a name."""
-    shape = rf"([(\[]?)([{letters}]|(?<=[(\[])[{letters.lower()}])([)\]]?)"
+    small = f"[{letters.lower()}]"
+    shape = rf"([(\[]?)([{letters}]|(?<=[(\[]){small}|{small}(?={SMALL}))([)\]]?)"
     match = re.compile(shape).match(text, at)
     if not match or (bool(match[1]) != bool(match[3]) and match[1]):
         return None
     rest = re.sub(r"^[*_`\"'”’$}]{1,6}", "", text[match.end() : match.end() + 80])
-    link = r"\s{0,3}(?:,\s{0,3}(?:and|or|then)?|/|&|\+|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
+    link = r"\.?\s{0,3}(?:,\s{0,3}(?:and|or|then)?|/|&|\+|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
     apart = r"\b(?!['’]|\s(?:is|was|are|would|can|does|fails)\b)"
-    if re.match(rf"{link}(?i:{KIND}\s)?[(\[]?[{letters}]{apart}", rest):
+    other = rf"[(\[]?(?:[{letters}]{apart}|{small}(?:[)\].,;]|\s{{0,3}}(?:$|\n|and\b|or\b)))"
+    if re.match(rf"{link}(?i:{KIND}\s)?{other}", rest):
         return None
     if rest.lstrip().startswith("?") or TAKEN_BACK.match(rest):
         return None
@@ -148,7 +176,7 @@ def _label(text: str, at: int, letters: str) -> str | None:
     if match[3]:
         return letter
     word = re.match(r"\.\s{0,3}([A-Za-z]+)", rest)
-    if word and word[1].casefold() in EPITHETS:
+    if word and word[1].casefold() in EPITHETS.get(letter, "").split():
         return None
     ended = r"(?:[,;:)\]]|\.(?:(?!\w)|(?=[A-Z][a-z]{2}))|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])"
     if re.match(ended, rest) or not rest.strip():
@@ -159,20 +187,18 @@ def _label(text: str, at: int, letters: str) -> str | None:
 
 def _sentences(text: str, letters: str) -> Iterator[str | None]:
     hedge = re.compile(rf"[(\[]?[{letters}][)\]]?\s{{0,3}}(?:,|/|&|\+|\(?(?:and|or)\b|as\swell)")
-    small = re.compile(rf"([{letters.lower()}])[.)]?[*_ ]{{0,4}}(?:$|\n)")
-    for pattern in (SENTENCE, CHOSEN):
+    for pattern in (SENTENCE, SHORT, CHOSEN):
         for match in pattern.finditer(text):
             letter = _label(text, match.end(), letters)
-            lower = small.match(text, match.end()) if match[0].rstrip("* ")[-1:] == ":" else None
-            letter = lower[1].upper() if lower else letter
             if (letter or hedge.match(text, match.end())) and not _denied(text, match):
                 yield letter
     for match in re.finditer(BEHIND.format(letters), text):
         if not _denied(text, match) and not re.search(r"\b(?:not|neither)\b|n['’]t", match[1]):
             yield match[2]
-    for shape in (RIGHT, BARE):
+    for shape in (RIGHT, BARE, IT):
         for match in re.finditer(shape.format(letters), text):
-            if not _denied(text, match):
+            before = text[max(0, match.start() - 200) : match.start()] if shape is IT else ""
+            if not _denied(text, match) and not re.search(LETTERED, before):
                 yield match[1]
 
 
@@ -181,7 +207,8 @@ def _denied(text: str, match: re.Match) -> bool:
 
 
 def _lines(text: str, letters: str) -> Iterator[str | None]:
-    lines = [line.strip(" *_`>#-\t") for line in text.strip().splitlines() if line.strip()]
+    text = text.upper() if len(text.strip(" *_`")) == 1 else text  # "b", and nothing else
+    lines = [line.strip(" *_`>#-\t") for line in text.splitlines() if line.strip()]
     if not lines:
         return
     labelled = [_line(line, letters) for line in lines]

@@ -41,6 +41,18 @@ SAID = [
     '{"correct_answer": "C"}', '{"choice": "C"}', "Answer: **C) text**", "So the answer is: C",
     "<think>Perhaps the answer is B.</think> The answer is C.", "The correct answer is **C. text**",
     "The answer is C. Again: the answer is C.", "the answer would be C", "The answer should be C.",
+    "answer is c.", "the answer is c. It is viral.", "the answer is c, because A is viral",
+    "the answer is **c**", "the answer is c) virus", "I choose c.", "<answer>c) virus</answer>",
+    "the answer is (c), a bacterium", "c", "`c`", "Answer - C", "**Answer** – C. virus",
+    "Answer--C", "answer: c\nheparin", "Ans. C", "**Ans.** C", "Ans. c. virus", "Ans) c",
+    "Ans. The answer is C", "Answer: The answer is C", "So it must be C", "It's C.",
+    "A and B are viral, D is none. Therefore, it is C.", "The final answer is C</s>",
+    "C<|eot_id|>", "<|im_start|>assistant\nC<|im_end|>", "The answer is C<end_of_turn>\n",
+    "C<｜end▁of▁sentence｜>", "The answer is C<|eot_id|>assistant\n\nThe answer is C<|eot_id|>",
+    "答案：C", "正确答案是C。因为", "答案：（C）", "정답: C", "答え：C", "Antwort: C",
+    "Respuesta correcta: C", "Réponse : C", "ответ: C", "Ｃ", "（Ｃ）", "Ⓒ", "𝐂",
+    "Ａｎｓｗｅｒ：Ｃ",
+    '{"step_by_step_thinking": "the answer is A. x", "answer_choice": "C. Latum"}',
 ]  # fmt: skip
 THINGS = [
     "vitamin {}", "hepatitis {}", "group {} streptococcus", "{} cells", "influenza {} virus",
@@ -82,6 +94,28 @@ TRAPS = [
     "Answer: C. diff", "Answer: C. Difficile", "The answer is C. tropicalis.",
     "The answer is A. hydrophila.", "Hepatitis B is the best answer.",
     "The answer is A & D.", "Answer: A+B", "the answer is b cells",
+    # a small letter: the article, abbreviations, organisms, two of them
+    "answer is a virus", "the answer is a\nvirus that", "answer: a\nvirus",
+    "the answer is a.k.a. flu", "the answer is b.i.d. dosing", "the answer is c. difficile",
+    "the answer is c-reactive protein",
+    "the answer is c/o pain", "the answer is a (rare) virus", "the answer is a - rare - virus",
+    "the answer is not c.", "the answer is c?", "the answer is a or b.", "the answer is a, b",
+    "the answer is a. or b.", "the answer is a) or b)", "The answer is (a) or (b)",
+    "<answer>b cells</answer>", "a virus", "d dimer", "a b", "vitamin d",
+    "Answer - A virus", "Answer - B cells", "Answer - C-section", "Answer - B12", "Answer - A or B",
+    "Answer - not B", "Option - D. latum", "Immune response - B, T and NK cells",
+    "Pick the best option\n- A. Aspirin\n- B. Heparin", "Ans. to B12", "Ans. A virus",
+    "Ans. B cells", "Ans. C. difficile", "It acts on the ANS. B cells do not.", "The ANS. B.",
+    "It must be B cells", "so it must be A-positive", "So it must be B lymphocytes.",
+    "So it must be B or C.", "If so it must be B", "It must be a.", "It is C. difficile.",
+    "Her blood group is not A. So it must be B.", "It is viral hepatitis, not A.\nIt is B.",
+    "So it must be B. No, it cannot be.", "It is hepatitis B</s>", "vitamin D<|im_end|>",
+    "<s>A virus</s>", "<|im_start|>assistant\nA virus<|im_end|>", "The answer is A<|x|> or B",
+    "答案：C型肝炎", "答案：维生素D", "答案：A或B", "答案：A、B", "答案：A\n答案：B",
+    "Antwort: B-Zellen", "Respuesta: a veces", "Respuesta inmune: B y T", "Réponse: D'abord",
+    "答案：В", "Ｂ型肝炎", "Vitamin Ｄ", "Ａ ｖｉｒｕｓ", "Ａ, Ｂ",
+    '{"answer_choice": "C. difficile"}', '{"answer_choice": "B. cereus"}',
+    '{"answer_choice": "D. latum"}',
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
 TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
@@ -101,6 +135,13 @@ def test_no_letter_is_read_where_none_is_committed_to(reply):
     assert extract_choice(reply) is None
 
 
+def test_an_epithet_is_one_after_its_genus_alone():
+    reply = '{"step_by_step_thinking": "the answer is C. no", "answer_choice": "B. Fetus"}'
+    assert extract_choice(reply) == "B"
+    assert extract_choice("The answer is A. Coli") == "A"
+    assert extract_choice("The answer is C. fetus") is None
+
+
 def test_other_letters_can_be_asked_for():
     assert extract_choice("The answer is (E).", "ABCDE") == "E"
     assert extract_choice("The answer is E. coli.", "ABCDE") is None
@@ -117,6 +158,8 @@ def test_whatever_comes_is_a_letter_or_none(text):
     [
         "the answer is ", "\\boxed{", '"answer_choice":  ', "A", "( ", "<answer>", "option A is ",
         " ", "\n", "the answer is x (option ", '"answer": "', "answer:" + " " * 12,
+        "answer is a. ", "Ans. ", "answer - ", "so it must be B.", "<|", "<a", "答案", "Ｂ",
+        "\u0316\u0300", "a\n",
     ],
 )  # fmt: skip
 def test_a_megabyte_is_read_in_linear_time(unit):
@@ -127,6 +170,15 @@ def test_a_megabyte_is_read_in_linear_time(unit):
         extract_choice(text)
         seconds.append(time.process_time() - began)
     assert seconds[1] < 40 * max(seconds[0], 0.01), seconds
+
+
+def test_an_explanation_that_names_an_option_names_the_right_one(data_dir):
+    """MedMCQA's, as their writers left them: "Ans. b. Brisk jaw jerk", "Answer- A (Cricoid …)"."""
+    lines = (data_dir / "medmcqa" / "dev.head100.json").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    found = [(extract_choice(row["exp"] or ""), "ABCD"[row["cop"] - 1]) for row in rows]
+    read = [(ours, gold) for ours, gold in found if ours]
+    assert len(read) >= 30 and all(ours == gold for ours, gold in read)
 
 
 @pytest.mark.parametrize("name", ["medqa", "mmlu"])
