@@ -54,10 +54,21 @@ class Limits:
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
+class Columns:
+    id: str = "id"
+    question: str = "question"
+    answer: str = "answer"
+    options: Names = ("options",)
+    reasoning: str = "reasoning"
+    split: str = "split"
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Data:
     sft: Names = ("ontology",)
     grpo: Names = ("ontology", "constraints")
     evaluate: Names = ("ontology", "constraints")
+    columns: Columns = Columns()
     limits: Limits = Limits()
     allow_changed: bool = False
 
@@ -180,7 +191,8 @@ def load(
 ) -> Settings:
     """Resolve settings: default < preset < file < overrides, the last one given winning.
 
-    `overrides` are texts "key=value" with dotted keys and YAML values; a list may be given as a,b.
+    `overrides` are texts "key=value" with dotted keys and YAML values; a list may be given as a,b,
+    keys of one section as section={key: value}.
     Raises InputError (one line: source, key, what is expected, nearest match).
 
     >>> load("pocket", overrides=["grpo.steps=3", "sft.learning_rate=4e-3"]).grpo.steps
@@ -199,7 +211,11 @@ def load(
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--set {text}: expected key=value, such as grpo.steps=100")
-        settings = _with(settings, {key.strip(): value.strip()}, f"--set {text}")
+        try:  # several keys of a section: data.columns={id: nr, question: Frage}
+            keys = (value.strip().startswith("{") and yaml_value(value)) or value.strip()
+        except ValueError as error:
+            raise InputError(f"--set {text}: {error}") from error
+        settings = _with(settings, {key.strip(): keys}, f"--set {text}")
     return _checked(settings)
 
 
