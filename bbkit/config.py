@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bbkit import InputError
-from bbkit.machine.files import read_yaml, yaml_value
+from bbkit.machine.files import read_yaml, yaml_tree, yaml_value
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
 Whole = Annotated[int, Field(ge=0)]
@@ -191,8 +191,7 @@ def load(
 ) -> Settings:
     """Resolve settings: default < preset < file < overrides, the last one given winning.
 
-    `overrides` are texts "key=value" with dotted keys and YAML values; a list may be given as a,b,
-    keys of one section as section={key: value}.
+    `overrides` are texts "key=value" with dotted keys and YAML values; a list may be given as a,b.
     Raises InputError (one line: source, key, what is expected, nearest match).
 
     >>> load("pocket", overrides=["grpo.steps=3", "sft.learning_rate=4e-3"]).grpo.steps
@@ -211,11 +210,9 @@ def load(
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--set {text}: expected key=value, such as grpo.steps=100")
-        try:  # several keys of a section: data.columns={id: nr, question: Frage}
-            keys = (value.strip().startswith("{") and yaml_value(value)) or value.strip()
-        except ValueError as error:
-            raise InputError(f"--set {text}: {error}") from error
-        settings = _with(settings, {key.strip(): keys}, f"--set {text}")
+        value, said = value.strip(), f"--set {text}"
+        given = yaml_tree(value, said) if value.startswith("{") else value  # keys of a section
+        settings = _with(settings, {key.strip(): given or value}, said)
     return _checked(settings)
 
 

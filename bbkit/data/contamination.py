@@ -93,7 +93,7 @@ def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 def said(rows: Sequence[Example], data_dir: Path | None) -> str:
     """One line on which shipped test sets that are at hand stand in rows of one's own."""
-    hits, none = [], []
+    hits, none = [], dict[str, None]()
     for name, split in pairs()[1]:
         made = name in catalogue.GENERATED
         if not made and (data_dir is None or not catalogue.there(name, split, data_dir)):
@@ -104,7 +104,7 @@ def said(rows: Sequence[Example], data_dir: Path | None) -> str:
         if first:
             hits.append(f"{name} {split}: {told}, such as {first[0]}, your {first[1]}")
         else:
-            none.append(name)
+            none[name] = None
     leaked = f"in your data stand {'; '.join(hits)}; " if hits else ""
     return f"leakage: {leaked}of the shipped test sets at hand none of {', '.join(none)}"
 

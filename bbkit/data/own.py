@@ -32,30 +32,32 @@ def is_own(name: str) -> bool:
 
 
 def folder(name: str) -> Path | None:
-    """Where the files behind a path lie; None for a Hub id."""
-    return Path(name).parent if Path(name).suffix.lower() in (*TABLES, ".md") else None
+    """Where the files behind a path lie; None for a Hub id. InputError: no such file."""
+    path = Path(name)
+    if path.suffix.lower() not in (*TABLES, ".md"):
+        return None
+    if not path.is_file():
+        raise InputError(f"{name}: no such file")
+    return path.parent
 
 
 def card(name: str) -> dict:
     """The front matter of a card file, or what it would be for a file of rows or a Hub id.
 
-    InputError: no such file, or of no known kind.
+    InputError: a card that is none, or a name of no known kind.
     """
     path = Path(name)
+    front = {"name": name, "pretty_name": path.name, "license": "not stated", "homepage": name}
     if path.suffix.lower() == ".md":
-        return _card_file(path)
-    if folder(name):
-        if not path.is_file():
-            raise InputError(f"{name}: no such file")
+        return front | _card_file(path)
+    if path.suffix.lower() in TABLES:
         source = {"files": [{"path": path.name, "sha256": None}], "hub": None}
     elif name.count("/") == 1 and name[0] not in "./" and not path.exists():
         hub, _, revision = name.partition("@")
         source = {"files": [], "hub": [{"path": hub, "revision": revision or None}]}
     else:
         raise InputError(f"{name}: not of a kind that is read; save it as {', '.join(TABLES)}")
-    splits = {side: {"role": side, "rows": None, **source} for side in SIDES}
-    front = {"name": name, "pretty_name": path.name, "license": "not stated", "homepage": name}
-    return front | {"splits": splits}
+    return front | {"splits": {side: {"role": side, "rows": None, **source} for side in SIDES}}
 
 
 def _card_file(path: Path) -> dict:
@@ -250,11 +252,14 @@ def _checked(e: Example, gold: str | None) -> Example:
         gold = gold or _option(e, e.answer)
         if gold is None:
             said = f"its answer {e.answer[:40]!r} is not one of its {len(e.options)} options"
-            raise ValueError(f'{said}; write the letter, the text, or "B) text"')
+            mend = 'write the letter, the text, or "B) text", and name the columns of all options'
+            raise ValueError(f"{said}; {mend}")
         e = replace(e, answer=gold)
+    if any(tag in e.reasoning for tag in prompts.TAGS):
+        raise ValueError("its reasoning has a tag of the reply's in it; take it out")
     for text in e.options or (e.answer,):
         given = prompts.parse_answer(prompts.completion(replace(e, answer=text)))
         read = _option(e, given or "") if e.options else given
         if read is None or not prompts.same(read, text, article=False):
-            raise ValueError(f"{text[:40]!r} does not read as an answer; it has tags, or no word")
+            raise ValueError(f"{text[:40]!r} does not read as an answer; it is a tag, or no word")
     return e

@@ -67,7 +67,9 @@ def _table(name: str, text: str) -> list[Row]:
             elif len(cells) < len(header) or any(cells[len(header) :]):
                 if any(cells):
                     of = f"{len(cells)} cells, the first line {len(header)}"
-                    raise ValueError(f'it has {of}; put a text that has {mark!r} in it into "…"')
+                    raise ValueError(
+                        f'it has {of}; a text with {mark!r} or a line break goes into "…"'
+                    )
             elif any(cells):
                 found.append((f"{name} line {line}", dict(zip(header, cells, strict=False))))
             line = reader.line_num + 1

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from bbkit import CannotRun, InputError, data
 from bbkit.data import catalogue, contamination, layouts
+from bbkit.prompts import Example
 
 CARDS = Path(__file__).parents[2] / "data_cards"
 NAMES = ["constraints", "general_instructions", "ifeval", "medmcqa", "medqa", "mmlu_medical"]
@@ -265,7 +266,7 @@ def test_general_instructions_are_cut_by_instruction(folder):
 
 
 def test_generated_cards_need_no_folder_and_take_a_seed(monkeypatch):
-    made = lambda split, seed=0: [data.Example(f"{split}-{seed}", "short", "What?")]  # noqa: E731
+    made = lambda split, seed=0: [Example(f"{split}-{seed}", "short", "What?")]  # noqa: E731
     monkeypatch.setitem(data.GENERATED, "ontology", made)
     (row,) = data.load("ontology", "test", data_dir="/nowhere", seed=1)
     assert (row.id, row.source, row.split) == ("test-1", "ontology", "test")
