@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bbkit import InputError
-from bbkit.machine.files import read_yaml, yaml_value
+from bbkit.machine.files import read_yaml, yaml_tree, yaml_value
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
 Whole = Annotated[int, Field(ge=0)]
@@ -54,10 +54,21 @@ class Limits:
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
+class Columns:
+    id: str = "id"
+    question: str = "question"
+    answer: str = "answer"
+    options: Names = ("options",)
+    reasoning: str = "reasoning"
+    split: str = "split"
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Data:
     sft: Names = ("ontology",)
     grpo: Names = ("ontology", "constraints")
     evaluate: Names = ("ontology", "constraints")
+    columns: Columns = Columns()
     limits: Limits = Limits()
     allow_changed: bool = False
 
@@ -200,7 +211,9 @@ def load(
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--set {text}: expected key=value, such as grpo.steps=100")
-        settings = _with(settings, {key.strip(): value.strip()}, f"--set {text}")
+        value, said = value.strip(), f"--set {text}"
+        given = yaml_tree(value, said) if value.startswith("{") else value  # keys of a section
+        settings = _with(settings, {key.strip(): given or value}, said)
     return _checked(settings)
 
 

@@ -85,7 +85,7 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
     score full, wrong choices nothing), or nothing is left to train on.
     """
     from bbkit import data, rewards
-    from bbkit.data import instructions
+    from bbkit.data import contamination, instructions
 
     cards, asked = settings.data, settings.evaluation
 
@@ -98,7 +98,10 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
             if split == "test" and split not in data.card(name)["splits"]:
                 part = "validation"
                 print(f"{name}: it has no test split, evaluated on validation")
-            found = data.load(name, part, data_dir, allow_changed=cards.allow_changed, seed=seed)
+            found = data.load(
+                name, part, data_dir, allow_changed=cards.allow_changed, seed=seed,
+                columns=cards.columns, whole=not data.halved(name, cards),
+            )  # fmt: skip
             if name == "general_instructions":
                 found = instructions.constrain(found, seed, kinds)
             found = [
@@ -117,6 +120,9 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
     questions, general = axes(held_out)
     kept = _some(questions, asked.questions) + _some(general, asked.instructions)
     rows = {"sft": sft, "grpo": grpo, "held_out": [held_out[i] for i in kept]}
+    data.refuse_shared(sft + grpo, held_out)
+    if own := dict.fromkeys(e for e in sft + grpo if data.is_own(e.source)):
+        print(contamination.said([*own], data_dir))
     for stage, found in rows.items():
         if not found and stage != "held_out" and getattr(settings, stage).steps:
             said = f"no rows; name a card with a training split or set {stage}.steps=0"
@@ -160,8 +166,10 @@ def execute(
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.runs.callback import Recorder
 
-    names = sorted({*settings.data.sft, *settings.data.grpo})
-    sums = {n: data.checksums(n, "train", data_dir) for n in names} if data_dir else {}
+    own = {n for n in settings.data.evaluate if data.is_own(n)}
+    names = sorted({*settings.data.sft, *settings.data.grpo} | own)
+    some = [n for n in names if data_dir or data.is_own(n)]
+    sums = {n: data.checksums(n, "train", data_dir) for n in some}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
     if "evaluate" in stages:
         rows["elsewhere"] = elsewhere.texts(settings, data_dir)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbkit import InputError, config
-from bbkit.config import Settings, from_dict, leaves, load, to_dict
+from bbkit.config import Columns, Settings, from_dict, leaves, load, to_dict
 from bbkit.machine import gpu
 
 FOLDER = Path(config.__file__).parent / "presets"
@@ -81,6 +81,11 @@ def test_precedence(tmp_path):
         ("data.sft=[ontology, medqa]", ("ontology", "medqa")),
         ("data.sft=ontology", ("ontology",)),
         ("data.allow_changed=true", True),
+        (
+            "data.columns={question: Frage, options: [A, B]}",
+            Columns(question="Frage", options=("A", "B")),
+        ),
+        ("data.columns.options=A,B", ("A", "B")),
         ("model.quantization=none", "none"),
     ],
 )
@@ -108,6 +113,9 @@ def test_values_take_the_type_of_their_key(text, value):
         ("grpo.steps=[", ["a valid integer"]),
         ("data.sft=[2001-13-45]", ["not valid YAML"]),
         ("data.sft={", ["not valid YAML"]),
+        ("data.sft={}", ["data.sft.0: "]),
+        ("data.columns={question: 1}", ["data.columns.question: ", "a valid string, not 1"]),
+        ("data.columns={frage: a}", ["unknown key data.columns.frage"]),
         ("grpo.generations=1", ["greater than or equal to 2"]),
         ("grpo.learning_rate=nan", ["less than or equal to 1, not 'nan'"]),
         ("grpo.weights.domain=inf", ["a finite number"]),

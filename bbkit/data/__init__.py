@@ -30,3 +30,12 @@ from bbkit.data.catalogue import (
 from bbkit.data.catalogue import (
     verify as verify,
 )
+from bbkit.data.own import (
+    halved as halved,
+)
+from bbkit.data.own import (
+    is_own as is_own,
+)
+from bbkit.data.own import (
+    refuse_shared as refuse_shared,
+)

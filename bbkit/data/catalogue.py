@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from bbkit import CannotRun, InputError
-from bbkit.data import corpus, instructions, questions
+from bbkit.config import Columns
+from bbkit.data import corpus, instructions, own, questions, tables
 from bbkit.data.layouts import fields, normal, parse
 from bbkit.prompts import Example
 
@@ -58,11 +59,15 @@ def path_of(name: str) -> Path:
 
 
 def card(name: str) -> dict:
-    """The front matter of a data card. InputError for an unknown name, with the nearest one.
+    """The front matter of a data card, or of one's own (bbkit.data.own) by its path.
+
+    InputError for an unknown name, with the nearest one.
 
     >>> card("pubmedqa")["splits"]["test"]["rows"]
     500
     """
+    if own.is_own(name):
+        return own.card(name)
     return yaml.safe_load(path_of(name).read_text(encoding="utf-8").split("---\n", 2)[1])
 
 
@@ -102,6 +107,15 @@ def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[
             f"{card_name}: cannot load {place} through datasets ({why}); "
             "connect, or name a folder of the upstream files with --data-dir"
         ) from error
+    if isinstance(
+        rows, dict
+    ):  # all splits of a Hub id of one's own: a column, where it has several
+        marks = {part: {"split": part} if len(rows) > 1 else {} for part in rows}
+        return [
+            (f"{place} {part} row {i}", {**row, **mark})
+            for part, mark in marks.items()
+            for i, row in enumerate(rows[part], 1)
+        ]
     return [(f"{place} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
@@ -140,6 +154,31 @@ def _chosen(card_name: str, split: str, data_dir: str | Path) -> dict:
     )
 
 
+def _sources(
+    card_name: str, entry: dict, data_dir: str | Path | None, revision: str | None
+) -> tuple[list[tuple[Any, list[tables.Row]]], list[str], list[str]]:
+    """(is it a list of ids?, rows) of each file or Hub copy; what has changed, and what to note."""
+    changes: list[str] = []
+    notes: list[str] = []
+    if data_dir is None:
+        hub = entry["hub"]
+        return [(s.get("ids"), _from_hub(card_name, s, revision)) for s in hub], changes, notes
+    sources = []
+    for file in entry["files"]:
+        data = (Path(data_dir) / file["path"]).read_bytes()
+        if mine := own.is_own(card_name):
+            rows = tables.rows(str(Path(data_dir) / file["path"]), data)
+        else:
+            rows = parse(file["path"], data, entry["format"])
+        sources.append((file.get("ids"), rows))
+        found, stated = hashlib.sha256(data).hexdigest()[:8], (file["sha256"] or "")[:8]
+        if stated and found != stated:
+            changes.append(f"{file['path']} has sha256 {found}, not the card's {stated}")
+        elif not stated and not mine:
+            notes.append(f"{file['path']} has no checksum on the card; it has sha256 {found}")
+    return sources, changes, notes
+
+
 def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Example]:
     """Examples of (is it a list of ids?, rows) sources, cut to the part that the entry keeps."""
     listed: set[str] = set()
@@ -169,37 +208,36 @@ def load(
     revision: str | None = None,
     allow_changed: bool = False,
     seed: int = 0,
+    columns: Columns | None = None,
+    whole: bool = False,
 ) -> list[Example]:
     """The rows of a split: from the folder `data_dir`, else from the Hub at the card's revision.
 
     `revision` replaces the card's. `allow_changed` warns of other checksums and row counts than the
     card's. `seed` is for generated cards. Training rows with two right answers are left out, with a
-    warning; other splits keep all rows, since their n is published. InputError names file and row;
-    CannotRun: the Hub copy is not to be had.
+    warning; other splits keep all rows, since their n is published. For a path, `columns` and
+    `whole` are as in `own.examples`. InputError names file and row; CannotRun: the Hub copy is not
+    to be had.
 
     >>> load("constraints", "validation")[0].task
     'instruction'
     """
     entry, place = _split(card_name, split), f"{card_name}, split {split}"
-    sources, changes, notes = [], [], []
     if card_name in GENERATED:
         made = GENERATED[card_name](split, seed=seed)
         return [replace(e, source=card_name, split=split) for e in made]
+    if mine := own.is_own(card_name):
+        data_dir = own.folder(card_name)
     if data_dir is not None:
         entry = _chosen(card_name, split, data_dir)
-        for file in entry["files"]:
-            data = (Path(data_dir) / file["path"]).read_bytes()
-            sources.append((file.get("ids"), parse(file["path"], data, entry["format"])))
-            found, stated = hashlib.sha256(data).hexdigest()[:8], (file["sha256"] or "")[:8]
-            if not stated:
-                notes.append(f"{file['path']} has no checksum on the card; it has sha256 {found}")
-            elif found != stated:
-                changes.append(f"{file['path']} has sha256 {found}, not the card's {stated}")
-    elif entry["hub"]:
-        sources = [(s.get("ids"), _from_hub(card_name, s, revision)) for s in entry["hub"]]
-    else:
+    elif not entry["hub"]:
         raise InputError(f"{place}: has no Hub copy; name its folder: --data-dir")
-    examples = _examples(card_name, entry, sources, hub=data_dir is None)
+    sources, changes, notes = _sources(card_name, entry, data_dir, revision)
+    if mine:
+        found = [row for _, rows in sources for row in rows]
+        examples = own.examples(card_name, found, split, columns or Columns(), whole)
+    else:
+        examples = _examples(card_name, entry, sources, hub=data_dir is None)
     if not examples:
         raise InputError(f"{place}: no rows; its files are empty, fetch them again")
     if entry["rows"] and len(examples) != entry["rows"]:
@@ -227,6 +265,8 @@ def checksums(card_name: str, split: str, data_dir: str | Path | None = None) ->
     >>> checksums("medmcqa", "validation")["openlifescienceai/medmcqa"][:8]
     '91c6572c'
     """
+    if own.is_own(card_name):
+        return own.checksums(card_name)
     if card_name in GENERATED:
         rows = repr(load(card_name, split))
         return {f"{card_name}/{split}": hashlib.sha256(rows.encode()).hexdigest()}

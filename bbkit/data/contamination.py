@@ -91,6 +91,24 @@ def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return train, [pair for pair in known if catalogue.role(*pair) == "test"]
 
 
+def said(rows: Sequence[Example], data_dir: Path | None) -> str:
+    """One line on which shipped test sets that are at hand stand in rows of one's own."""
+    hits, none = [], dict[str, None]()
+    for name, split in pairs()[1]:
+        made = name in catalogue.GENERATED
+        if not made and (data_dir is None or not catalogue.there(name, split, data_dir)):
+            continue
+        found = find(rows, catalogue.load(name, split, data_dir, allow_changed=True)).hits
+        first = next(((a, b) for kind in KINDS for a, b in found[kind].items()), None)
+        told = ", ".join(f"{len(found[kind])} {kind}" for kind in KINDS if found[kind])
+        if first:
+            hits.append(f"{name} {split}: {told}, such as {first[0]}, your {first[1]}")
+        else:
+            none[name] = None
+    leaked = f"in your data stand {'; '.join(hits)}; " if hits else ""
+    return f"leakage: {leaked}of the shipped test sets at hand none of {', '.join(none)}"
+
+
 def fingerprint(test: tuple[str, str]) -> str:
     """Changes whenever a training source or this test set does: revisions, or generated rows."""
     told = [GRAM, *(_checksums(*pair) for pair in [*pairs()[0], test])]

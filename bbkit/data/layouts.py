@@ -50,7 +50,7 @@ def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:
         number += getattr(error, "lineno", 1) - 1
         raise InputError(
             f"{name} line {number}: not readable as {layout} ({error}), as if cut short; "
-            "fetch it again"
+            "mend it or fetch it again"
         ) from None
 
 

@@ -133,13 +133,22 @@ def yaml_value(text: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; InputError naming the file where it holds none."""
     try:
-        tree = yaml_value(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    return yaml_tree(text, str(path))
+
+
+def yaml_tree(text: str, source: str) -> dict[str, Any]:
+    """The mapping that a text is in YAML; InputError naming its source where it is none."""
+    try:
+        tree = yaml_value(text)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected sections such as `grpo:` with keys below them")
+        raise InputError(f"{source}: expected sections such as `grpo:` with keys below them")
     return tree
 
 

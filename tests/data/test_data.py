@@ -203,7 +203,7 @@ def test_cards_are_found_in_a_wheel(tmp_path, monkeypatch):
     "call, expected",
     [
         (lambda: data.load("medqq", "test"), "no data card 'medqq': did you mean 'medqa'?"),
-        (lambda: data.card("../secrets"), "no data card '../secrets'"),
+        (lambda: data.card("../secrets"), "../secrets: not of a kind that is read"),
         (lambda: data.role("medqa", "tests"), "no split of medqa 'tests': did you mean 'test'?"),
         (lambda: data.load("ifeval", "train"), "There are test"),
         (lambda: data.load("ontology", "tset"), "did you mean 'test'?"),
@@ -423,7 +423,9 @@ def test_truncated_file_is_refused_or_gives_whole_rows(folder, cut):
 )
 def test_broken_files(folder, card, split, file, content, expected):
     (folder / file).write_bytes(content)
-    text = refused(lambda: load(card, split, folder), expected, "as if cut short; fetch it again")
+    text = refused(
+        lambda: load(card, split, folder), expected, "as if cut short; mend it or fetch it again"
+    )
     assert text.startswith(file)
 
 
