@@ -19,7 +19,7 @@ COLORS = {
 }
 # For own rewards, in this order, the others of Okabe and Ito that no reward beside them has, then
 # the same in other lines. Green and orange come late: instructions and retention have them.
-FURTHER = ("#56B4E9", "#000000", "#F0E442", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+FURTHER = ("#56B4E9", "#F0E442", "#E69F00", "#000000", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 LINES = ("-", "--", ":", "-.")
 
 

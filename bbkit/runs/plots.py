@@ -54,9 +54,8 @@ def rewards(folder: Path) -> "Figure | None":
             mean = [fmean(y[max(0, j - window) : j]) for j in range(1, len(y) + 1)]
             top.plot(x, mean, **look[name], lw=2.2, label=name)
             trends.append(f"{name} {fmean(y[:window]):.2f} to {fmean(y[-window:]):.2f}")
-        thick = 2 + 6 * (
-            1 - i / max(1, len(names) - 1)
-        )  # equal weights stay visible, one inside the other
+        # equal weights stay visible, one inside the other
+        thick = 2 + 6 * (1 - i / max(1, len(names) - 1))
         below.plot(*_series(rows, f"weight/{name}"), **look[name], lw=thick)
     top.set(ylabel="mean reward (0 to 1)", ylim=(-0.02, 1.02))
     below.margins(y=0.5)
@@ -82,20 +81,21 @@ def gradients(folder: Path) -> "Figure | None":
     columns, look = (3 if len(pairs) < 10 else 4), looks(rewards_of(folder))
     high = 5.2 + 0.2 * math.ceil(len(pairs) / columns)
     figure, (top, below) = new_figure(7.2, high, 2, sharex=True, height_ratios=[2.4, 1])
-    window, opposed, lines = max(1, len(rows) // 10), {}, {}
+    window, lines = max(1, len(rows) // 10), {}
+    opposed = {pair: fmean(v < 0 for v in _series(rows, pair)[1]) for pair in pairs}
+    shown = pairs if len(pairs) < 10 else sorted(pairs, key=lambda pair: -opposed[pair])[:6]
     for pair in pairs:
         _, one, other = pair.split("/")
         x, y = _series(rows, pair)
         mean = [fmean(y[max(0, j - window) : j]) for j in range(1, len(y) + 1)]
-        (solid,) = top.plot(x, mean, color=look[one]["color"], lw=2.4)
-        (dashed,) = top.plot(x, mean, color=look[other]["color"], lw=2.4, ls=(0, (2, 2)))
+        style = {"lw": 2.4, "alpha": 1 if pair in shown else 0.25}
+        (solid,) = top.plot(x, mean, color=look[one]["color"], **style)
+        (dashed,) = top.plot(x, mean, color=look[other]["color"], ls=(0, (2, 2)), **style)
         lines[f"{one}, {other}"] = (solid, dashed)
-        opposed[f"{one} and {other}"] = fmean(v < 0 for v in y)
     for name in look:
         below.plot(*_series(rows, f"coefficient/{name}"), **look[name], lw=2)
-    shown = sorted(opposed, key=lambda pair: -opposed[pair])[:6] if len(pairs) > 6 else opposed
-    most = ", of the pairs those most opposed" if len(pairs) > 6 else ""
-    told = "; ".join(f"{pair} {opposed[pair]:.0%}" for pair in shown)
+    most = "" if shown is pairs else " (strong: the six pairs that most often are)"
+    named = (f"{' and '.join(pair.split('/')[1:])} {opposed[pair]:.0%}" for pair in shown)
     size = read_json(folder / "run.json").get("model", {}).get("lora_parameters")
     null = null_cosine(size) if size else 0.0
     by_chance = f"Random directions would give ±{null:.4f}. " if size else ""
@@ -108,7 +108,7 @@ def gradients(folder: Path) -> "Figure | None":
         figure,
         f"Cosine between the gradients of two capabilities in one step (mean of the last {window})"
         f" and the coefficient with which each enters the update. {by_chance}Notice how often two "
-        f"are opposed{most}: {told} of the steps.",
+        f"are opposed{most}: {'; '.join(named)} of the steps.",
     )
 
 
@@ -134,7 +134,8 @@ def before_after(folder: Path) -> "Figure | None":
             value, low, high = percent(results[stage][measure])
             style = {"alpha": SHADES[stage], "hatch": "//" if "unseen" in measure else None}
             axis.bar(x, value, width * 0.92, color=tint, ec="white", **style)
-            axis.errorbar(x, value, [[value - low], [high - value]], color="black", capsize=3, lw=1)
+            ink = "#777777" if tint == "#000000" else "black"
+            axis.errorbar(x, value, [[value - low], [high - value]], color=ink, capsize=3, lw=1)
             if measure == "domain" and "domain_lenient" in results[stage]:
                 lenient = percent(results[stage]["domain_lenient"])[0]
                 axis.plot(x, lenient, "D", mfc="white", mec="black", ms=6, zorder=5)
