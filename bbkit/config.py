@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bbkit import InputError
+from bbkit.machine import functions
 from bbkit.machine.files import read_yaml, yaml_tree, yaml_value
 
 PRESETS = ("pocket", "smollm2-cpu", "t4", "24gb", "paper")  # presets/<name>.yaml, smallest first
@@ -27,6 +28,7 @@ Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Advantages = Literal["capability", "gdpo", "grpo", "dr_grpo"]
 Combination = Literal["sum", "pcgrad", "mgda", "upgrad", "aligned_mtl", "dual_cone", "random"]
 Metric = Literal["euclidean", "adam", "step"]
+_ALIKE = dict.fromkeys(functions.REWARDS, 1.0)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,19 +93,12 @@ class Sft:
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
-class Weights:
-    domain: Positive = 1.0
-    reasoning: Positive = 1.0
-    format: Positive = 1.0
-
-
-@dataclass(frozen=True, config={"extra": "forbid"})
 class Controller:
     rule: Literal["fixed", "deficit", "variance", "covariance", "agreement"] = "fixed"
     rate: Positive = 0.1
     ema: Share = 0.9
     target: Positive = 1.0
-    floor: Annotated[float, Field(ge=0, lt=1 / 3)] = 0.05  # there are 3 rewards
+    floor: Share = 0.05  # below 1 over the number of rewards
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -125,7 +120,8 @@ class Grpo:
     beta: Positive = 0.0
     epsilon: Share = 0.2
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    weights: Weights = Weights()
+    rewards: Annotated[Names, Field(min_length=1)] = functions.REWARDS
+    weights: Mapping[str, Positive] = Field(default_factory=lambda: _ALIKE)  # by name; else 1
     judge: Share = 0.0
     controller: Controller = Controller()
     advantages: Advantages = "grpo"
@@ -260,9 +256,9 @@ def _with(settings: Settings, values: Mapping[str, Any], source: str) -> Setting
     tree = to_dict(settings)
     known = leaves(tree)
     for key, value in leaves(values).items():
-        if key not in known:
+        if key not in known and not key.startswith("grpo.weights."):  # names: see `_checked`
             raise InputError(f"{source}: unknown key {key}{_nearest(key, [*known])}")
-        if isinstance(value, bool) and not isinstance(known[key], bool):
+        if isinstance(value, bool) and not isinstance(known.get(key), bool):
             raise InputError(f"{source}: {key} is no switch; it takes no {value}")
         *sections, name = key.split(".")
         place = tree
@@ -280,13 +276,15 @@ def _with(settings: Settings, values: Mapping[str, Any], source: str) -> Setting
 def _checked(s: Settings) -> Settings:
     """The same settings, after checks across keys, each a line that names them."""
     sft, g, batch, longest = s.sft, s.grpo, s.grpo.prompts * s.grpo.generations, s.model.max_length
+    share = f"must be below 1/{len(g.rewards)}, the number of rewards"
     below, divide = "must be below model.max_length", "must divide prompts x generations"
     moments = f"grpo.metric=adam reads float moments, grpo.optimizer={g.optimizer} keeps none"
     idle = "scheduler=constant ignores warmup_steps: take constant_with_warmup, or 0 warmup steps"
     broken = (
         (sft.batch_size % sft.micro_batch_size, "sft.micro_batch_size must divide sft.batch_size"),
         (batch % g.micro_batch_size, f"grpo.micro_batch_size {divide}"),
-        (sum(vars(g.weights).values()) == 0, "grpo.weights must not all be 0"),
+        (g.controller.floor * len(g.rewards) >= 1, f"grpo.controller.floor {share}"),
+        (g.judge and "reasoning" not in g.rewards, "grpo.judge is for the reward reasoning"),
         (g.metric == "adam" and "adamw_torch" not in g.optimizer, moments),
         (g.metric == "step" and g.combination != "dual_cone", "grpo.metric=step is for dual_cone"),
         (g.sample_at_once and batch % g.sample_at_once, f"grpo.sample_at_once {divide}"),
@@ -295,6 +293,7 @@ def _checked(s: Settings) -> Settings:
         (sft.scheduler == "constant" and sft.warmup_steps, f"sft.{idle}"),
         (g.scheduler == "constant" and g.warmup_steps, f"grpo.{idle}"),
     )
-    if lines := [line for wrong, line in broken if wrong]:
+    lines = functions.faults(g.rewards, g.weights) + [line for wrong, line in broken if wrong]
+    if lines:
         raise InputError(f"settings: {'; '.join(lines)}")
     return s

@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy replies, the three rewards, instruction following, intervals.
+"""Held-out evaluation: greedy replies, the rewards, instruction following, intervals.
 
 Serves every claim. Questions are clustered by disease (the bootstrap resamples diseases, not
 questions); general instructions are independent prompts. What cannot be parsed counts as wrong and
@@ -39,13 +39,15 @@ def lenient(example: Example, reply: str) -> float:
     return float(right and not any(named(o) for o in example.options if o != example.answer))
 
 
-def measure(example: Example, reply: str) -> dict[str, float | None]:
-    """All measures of one reply; None where a measure does not apply.
+def measure(
+    example: Example, reply: str, own: Mapping[str, rewards.Reward] = rewards.REWARDS
+) -> dict[str, float | None]:
+    """All measures of one reply, `own` rewards among them; None where one does not apply.
 
     >>> measure(Example("1", "short", "?", answer="virus"), "<answer>virus</answer>")["domain"]
     1.0
     """
-    scores: dict[str, float | None] = dict(rewards.score(example, reply))
+    scores: dict[str, float | None] = rewards.score(example, reply, {**rewards.REWARDS, **own})
     if example.task != "instruction":
         scores["domain_lenient"] = lenient(example, reply)
         scores["unparsed"] = float(rewards.answer_given(example, reply) is None)
@@ -57,9 +59,13 @@ def measure(example: Example, reply: str) -> dict[str, float | None]:
     return scores
 
 
-def items(examples: Sequence[Example], replies: Sequence[str]) -> list[dict]:
-    """One row per reply with all its measures."""
-    return [_item(e, r, measure(e, r)) for e, r in zip(examples, replies, strict=True)]
+def items(
+    examples: Sequence[Example],
+    replies: Sequence[str],
+    own: Mapping[str, rewards.Reward] = rewards.REWARDS,
+) -> list[dict]:
+    """One row per reply with all its measures, `own` rewards among them."""
+    return [_item(e, r, measure(e, r, own)) for e, r in zip(examples, replies, strict=True)]
 
 
 def ifeval_items(examples: Sequence[Example], replies: Sequence[str]) -> list[dict]:

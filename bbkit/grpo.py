@@ -1,4 +1,4 @@
-"""The kit's GRPO run: capability-aware GRPO with the three rewards on its own prompts.
+"""The kit's GRPO run: capability-aware GRPO with the rewards asked for on its own prompts.
 
 Serves the claim on Capability-Aware GRPO (no value network). Prompts come in an order fixed by the
 seed, each step with its share of general instructions, which carry the format reward alone; the
@@ -6,7 +6,7 @@ other rewards are None there. The trainer itself is bbkit.capability.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from bbkit import prompts, rewards
 from bbkit.config import Settings
 from bbkit.data.replies import Reply
 from bbkit.machine import judge, processes
+from bbkit.machine.functions import names
 from bbkit.prompts import Example
 from bbkit.sft import arguments, precision
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # the class is put before TRL's, which unsloth replaces on import
 
-CAPABILITIES = tuple(rewards.REWARDS)
 Judge = Callable[[Sequence[Example], Sequence[str]], list]
 
 
@@ -65,7 +65,10 @@ def schedule(
 
 
 def reward_functions(
-    examples: Sequence[Example], by_model: Judge | None = None, share: float = 0.0
+    examples: Sequence[Example],
+    by_model: Judge | None = None,
+    share: float = 0.0,
+    chosen: Mapping[str, rewards.Reward] = rewards.REWARDS,
 ) -> list:
     """One TRL reward function per capability; rows name their example by the column `index`.
 
@@ -84,7 +87,7 @@ def reward_functions(
         reward.__name__ = capability
         return reward
 
-    return [named(k, score) for k, score in rewards.REWARDS.items()]
+    return [named(k, score) for k, score in chosen.items()]
 
 
 class Sampling(Trainer):
@@ -124,7 +127,7 @@ class Sampling(Trainer):
         counts = torch.tensor([given.count(None), len(given)], device=self.accelerator.device)
         missed, count = self.accelerator.reduce(counts).tolist()
         self._log_metric("unparsed", missed / max(1, count))
-        named = [dict(zip(CAPABILITIES, row, strict=True)) for row in matrix.tolist()]
+        named = [dict(zip(self.reward_func_names, row, strict=True)) for row in matrix.tolist()]
         self.last_samples = [
             {"prompt": e.question, "reply": text, "rewards": scores}
             for (e, text), scores in zip(pairs, named, strict=False)
@@ -156,7 +159,7 @@ def configuration(model, settings: Settings, folder: Path):
         epsilon_high=section.epsilon,  # unsloth would make it 0.28 with dapo
         loss_type=section.loss_type,
         scale_rewards="none",  # the advantages are capability_aware's
-        reward_weights=[getattr(section.weights, k) for k in CAPABILITIES],
+        reward_weights=[section.weights.get(k, 1.0) for k in names(section.rewards)],
         mask_truncated_completions=section.mask_truncated,
         shuffle_dataset=False,  # `order` is the order
         **own,
@@ -165,11 +168,12 @@ def configuration(model, settings: Settings, folder: Path):
 
 def build(
     model, tokenizer, order: Sequence[Example], settings: Settings, folder: Path, callbacks=(),
-    replies: Sequence[Reply] = (),
+    replies: Sequence[Reply] = (), chosen: Mapping[str, rewards.Reward] | None = None,
 ):  # fmt: skip
     """A capability-aware GRPOTrainer over `order` (see `schedule`) for a model with its LoRA on.
 
-    `replies` are those of the base, which retention keeps.
+    `replies` are those of the base, which retention keeps; `chosen` are the rewards, by default
+    read from where `grpo.rewards` says (bbkit.rewards.chosen).
     """
     from datasets import Dataset
     from trl import GRPOTrainer
@@ -179,6 +183,7 @@ def build(
     from bbkit.models import keep_float32
 
     section = settings.grpo
+    chosen = chosen or rewards.chosen(section.rewards)
     dataset = Dataset.from_list(
         [{"prompt": prompts.messages(e), "index": i} for i, e in enumerate(order)]
     )
@@ -197,7 +202,7 @@ def build(
     with keep_float32(model):
         return trainer(
             model=model,
-            reward_funcs=reward_functions(order, base_judges, section.judge),
+            reward_funcs=reward_functions(order, base_judges, section.judge, chosen),
             args=configuration(model, settings, folder),
             train_dataset=dataset,
             processing_class=tokenizer,

@@ -1,4 +1,4 @@
-"""The three rewards: domain, reasoning, format. Pure functions of (example, reply) into [0, 1].
+"""The kit's three rewards, domain, reasoning, format, and a user's own. Functions into [0, 1].
 
 Serves the paper's capability-specific rewards. It prints no formula; these are ours, rule-based.
 None means that a capability does not apply. No reply raises, and each takes time linear in its
@@ -6,12 +6,16 @@ length: it is cut at its tags, and a part too long to be of use is not looked in
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 from bbkit import InputError, prompts
 from bbkit.data import instructions, knowledge
+from bbkit.machine import functions
 from bbkit.prompts import Example
+
+Reward = Callable[[Example, str], float | None]
 
 MAX_REASONING = 6000  # characters; longer is no use to a reader and scores 0
 
@@ -92,16 +96,79 @@ def format_(example: Example, reply: str) -> float | None:
     return 0.5 if parts[2] else 1.0
 
 
-REWARDS = {"domain": domain, "reasoning": reasoning, "format": format_}
+REWARDS: dict[str, Reward] = {"domain": domain, "reasoning": reasoning, "format": format_}
+MEASURES = (  # of held-out replies; an own reward, which is another, takes none of these names
+    "domain domain_lenient reasoning format instruction instruction_unseen unparsed "
+    "ifeval_strict ifeval_loose ifeval_answer_strict"
+).split()
 
 
-def score(example: Example, reply: str) -> dict[str, float | None]:
+def score(
+    example: Example, reply: str, rewards: Mapping[str, Reward] = REWARDS
+) -> dict[str, float | None]:
     """Every reward of a reply, in [0, 1], None where a capability does not apply.
 
     >>> score(Example("1", "short", "Cause?", answer="virus"), "virus")
     {'domain': 0.0, 'reasoning': 0.0, 'format': 0.0}
     """
-    return {name: reward(example, reply) for name, reward in REWARDS.items()}
+    return {name: reward(example, reply) for name, reward in rewards.items()}
+
+
+def chosen(entries: Sequence[str]) -> dict[str, Reward]:
+    """The rewards that `grpo.rewards` names, in its order: the kit's, or FILE.py:FUNCTION.
+
+    What an own function gives is checked at each call: a number in [0, 1], or None. Raises
+    InputError where its file, its name or what it takes is wrong (bbkit.machine.functions).
+
+    >>> list(chosen(["format", "domain"]))
+    ['format', 'domain']
+    """
+    own = functions.load(entries, ("example", "reply"))
+    for name in own:
+        if name in MEASURES or name.startswith("elsewhere"):
+            raise InputError(f"grpo.rewards: {name} is a measure of the kit; rename the function")
+    named = zip(functions.names(entries), entries, strict=True)
+    return {n: _checked(entry, own[n]) if n in own else REWARDS[n] for n, entry in named}
+
+
+def _checked(entry: str, function: Callable) -> Reward:
+    def reward(example: Example, reply: str) -> float | None:
+        try:
+            value = function(example, reply)
+        except Exception as error:
+            said = functions.told(error, entry.rpartition(":")[0])
+            raise InputError(f"{entry} failed on row {example.id}, {said}") from error
+        if value is None:
+            return None
+        if isinstance(value, Real) and 0 <= (number := float(value)) <= 1:
+            return number
+        mend = "give a number in [0, 1], or None where it does not apply"
+        raise InputError(f"{entry} gave {value!r:.40} for row {example.id}; {mend}")
+
+    return reward
+
+
+def validate_own(entries: Sequence[str], examples: Sequence[Example]) -> None:
+    """Check own rewards, before any model is loaded, on the gold replies of what is trained on.
+
+    Each is to give the same at two calls, to be above 0 for some gold reply, and to apply to some
+    row. Where an instruction has no reference reply it is asked about "", and may say 0.
+    """
+    own = {n: f for n, f in chosen(entries).items() if n not in REWARDS}
+    for name, reward in own.items():
+        seen = []
+        for example in examples:
+            gold = prompts.completion(example)
+            value, again = reward(example, gold), reward(example, gold)
+            if value != again:
+                said = f"{value} and {again} for the gold reply of row {example.id}"
+                raise InputError(f"reward {name}: two calls gave {said}; leave out what is random")
+            seen += [] if value is None else [value or not gold]
+        if examples and not any(seen):
+            what = (
+                "0 for every gold reply: a good reply must earn" if seen else "None for every row"
+            )
+            raise InputError(f"reward {name} is {what}; mend it or leave it out of grpo.rewards")
 
 
 def validate(examples: Iterable[Example]) -> None:

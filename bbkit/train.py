@@ -16,7 +16,7 @@ from pathlib import Path
 from bbkit import InputError, config, exit_code, held_back
 from bbkit.config import Settings
 from bbkit.data.replies import Reply
-from bbkit.machine import files, gpu, hub, processes
+from bbkit.machine import files, functions, gpu, hub, processes
 from bbkit.prompts import Example
 from bbkit.runs import record
 
@@ -128,6 +128,7 @@ def load_rows(settings: Settings, data_dir: Path | None) -> dict[str, list[Examp
             said = f"no rows; name a card with a training split or set {stage}.steps=0"
             raise InputError(f"data.{stage}: {said}")
         rewards.validate(e for e in found if e.task != "instruction")
+    rewards.validate_own(settings.grpo.rewards, grpo)
     return rows
 
 
@@ -151,7 +152,7 @@ def execute(
     with held_back():
         import torch
 
-        from bbkit import data, models, prompts
+        from bbkit import data, models, prompts, rewards
         from bbkit.data import broad
         from bbkit.runs import elsewhere, report
 
@@ -162,6 +163,8 @@ def execute(
     if most := settings.evaluation.ifeval:
         changed = settings.data.allow_changed
         rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
+    chosen = rewards.chosen(settings.grpo.rewards)  # once: the files may be edited meanwhile
+    run.pin(rewards=functions.checksums(settings.grpo.rewards))
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.runs.callback import Recorder
@@ -176,7 +179,7 @@ def execute(
 
     def evaluate_stage(stage: str) -> None:
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
-            evaluate_model(run, stage, model, tokenizer, rows, settings)
+            evaluate_model(run, stage, model, tokenizer, rows, settings, chosen)
 
     asked = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
     left = {s for s in asked if not run.is_done(s)}
@@ -193,7 +196,8 @@ def execute(
         if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
             models.load_adapter(model, run.folder / stage / "adapter")
         elif stage in left:
-            train_stage(Recorder(run, stage, settings), model, tokenizer, rows[stage], kept)
+            hooks = Recorder(run, stage, settings)
+            train_stage(hooks, model, tokenizer, rows[stage], kept, chosen)
         else:
             continue
         tuned = True
@@ -204,10 +208,12 @@ def execute(
         print(f"report: {report.write(run.folder)}")
 
 
-def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence[Reply]) -> None:
+def train_stage(
+    hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence[Reply], chosen: dict
+) -> None:
     """Train the adapter on the rows of the stage of `hooks`, from its newest checkpoint; save it.
 
-    `hooks` are a bbkit.runs.callback.Recorder, `kept` the base's replies.
+    `hooks` are a bbkit.runs.callback.Recorder, `kept` the base's replies, `chosen` the rewards.
     """
     from bbkit import grpo, models, sft
 
@@ -219,7 +225,7 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
         asked, general = ([rows[i] for i in part] for part in axes(rows))
         shape = (section.steps, section.prompts, section.instruction_share, settings.run.seed)
         order = grpo.schedule(asked, general, *shape)
-        trainer = grpo.build(model, tokenizer, order, settings, folder, [hooks], kept)
+        trainer = grpo.build(model, tokenizer, order, settings, folder, [hooks], kept, chosen)
     hooks.train(trainer)
     if stage == "sft":
         models.average_with_base(model, section.averaging)
@@ -228,7 +234,7 @@ def train_stage(hooks, model, tokenizer, rows: Sequence[Example], kept: Sequence
     run.done(stage, seconds=hooks.seconds, peak_gib=hooks.peak_gib)
 
 
-def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
+def evaluate_model(run, stage, model, tokenizer, rows, settings, chosen) -> None:
     """Evaluate the model as it is, write one row per reply and the measures with intervals."""
     from tqdm import tqdm
 
@@ -243,7 +249,7 @@ def evaluate_model(run, stage, model, tokenizer, rows, settings) -> None:
     with tqdm(total=len(held_out) + len(ifeval), desc=f"evaluate {stage}", file=sys.stdout) as bar:
         how = (section.batch_tokens, bar.update)
         replies = generation.generate(model, tokenizer, held_out, section.max_new_tokens, *how)
-        found = evaluate.items(held_out, replies)
+        found = evaluate.items(held_out, replies, chosen)
         if ifeval:
             replies = generation.generate(model, tokenizer, ifeval, section.ifeval_tokens, *how)
             found += evaluate.ifeval_items(ifeval, replies)

@@ -92,7 +92,7 @@ def test_precedence(tmp_path):
 def test_values_take_the_type_of_their_key(text, value):
     found = load(overrides=[text])
     for part in text.partition("=")[0].split("."):
-        found = getattr(found, part)
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
     assert found == value and type(found) is type(value)
 
 
@@ -125,7 +125,16 @@ def test_values_take_the_type_of_their_key(text, value):
         ("data.sft=[1, 2]", ["data.sft.0: ", "a valid string, not 1"]),
         ("grpo.micro_batch_size=7", ["must divide prompts x generations"]),
         ("sft.micro_batch_size=7", ["must divide sft.batch_size"]),
-        ("grpo.controller.floor=0.4", ["grpo.controller.floor: ", "less than 0.33"]),
+        ("grpo.controller.floor=0.4", ["grpo.controller.floor must be below 1/3"]),
+        ("grpo.rewards=[]", ["grpo.rewards: ", "at least 1 item"]),
+        ("grpo.rewards=[domain, fromat]", ["no reward 'fromat'; did you mean format?"]),
+        ("grpo.rewards=my.py", ["no reward 'my.py'", "FILE.py:FUNCTION"]),
+        ("grpo.rewards=a.py:f,b.py:f", ["two are called 'f'"]),
+        ("grpo.rewards=format,a.py:format", ["two are called 'format'"]),
+        ("grpo.weights.fromat=2", ["no reward 'fromat'; did you mean format?"]),
+        ("grpo.weights.domain=true", ["grpo.weights.domain: ", "a valid number"]),
+        ("grpo.weights.domain=-1", ["grpo.weights.domain: ", "greater than or equal to 0"]),
+        ("grpo.weights=3", ["unknown key grpo.weights; did you mean grpo.weights.domain"]),
         ("sft.scheduler=constant", ["constant_with_warmup"]),
         ("grpo.max_completion_length=9999", ["model.max_length"]),
         ("retention.prompts=[]", ["retention.prompts: ", "at least 1 item"]),
@@ -143,6 +152,26 @@ def test_weights_that_are_all_zero_are_refused():
     zero = [f"grpo.weights.{k}=0" for k in ("domain", "reasoning", "format")]
     assert "grpo.weights" in message(overrides=zero)
     load(overrides=zero[:2])
+
+
+def test_weights_go_by_the_names_of_the_rewards_in_any_order():
+    asked = ["grpo.weights.brevity=2", "grpo.rewards=[format, my_rewards.py:brevity]"]
+    grpo = load("pocket", overrides=asked).grpo
+    assert grpo.rewards == ("format", "my_rewards.py:brevity") and grpo.weights["brevity"] == 2
+    assert from_dict(to_dict(load("pocket", overrides=asked))).grpo == grpo
+    near = message(preset="pocket", overrides=["grpo.weights.brevty=2", asked[1]])
+    assert "no reward 'brevty'; did you mean brevity?" in near
+    off = ["grpo.rewards=domain", "grpo.weights.domain=0"]
+    assert "must not all be 0: domain" in message(overrides=off)
+    judged = ["grpo.rewards=domain", "grpo.judge=0.5"]
+    assert "grpo.judge is for the reward reasoning" in message(overrides=judged)
+
+
+def test_the_floor_fits_the_number_of_rewards():
+    eight = "grpo.rewards=[{}]".format(", ".join(f"a.py:r{i}" for i in range(8)))
+    assert "floor must be below 1/8" in message(overrides=[eight, "grpo.controller.floor=0.125"])
+    load(overrides=[eight, "grpo.controller.floor=0.12"])
+    load(overrides=["grpo.rewards=domain", "grpo.controller.floor=0.9"])
 
 
 def test_unknown_preset_names_the_nearest():

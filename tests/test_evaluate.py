@@ -124,3 +124,17 @@ def test_ifeval_items_read_raw_text_and_final_answer_apart():
     wrapped = "<reasoning>Well, yes.</reasoning><answer>Yes.</answer>"
     (row,) = evaluate.ifeval_items([e], [wrapped])
     assert row["scores"] == {"ifeval_strict": 0.0, "ifeval_loose": 0.0, "ifeval_answer_strict": 1.0}
+
+
+def test_own_rewards_are_measures_with_intervals_and_changes():
+    def brevity(example, reply):
+        return None if not reply else 1 / (1 + len(reply))
+
+    own = {"domain": evaluate.rewards.domain, "brevity": brevity}
+    first = evaluate.items(ROWS, ["a"] * len(ROWS), own)
+    then = evaluate.items(ROWS, ["", *["abc"] * (len(ROWS) - 1)], own)
+    found = evaluate.summary(first, 50)["brevity"]
+    assert found["value"] == 0.5 and found["n"] == len(ROWS) and len(found["interval"]) == 2
+    changed = evaluate.difference(first, then, 50)["brevity"]  # where both have a value
+    assert changed["value"] == pytest.approx(-0.25) and changed["n"] == len(ROWS) - 1
+    assert "reasoning" in evaluate.summary(first, 50)  # the kit's own are always measured

@@ -2,8 +2,9 @@
 
 import pytest
 
-from bbkit import config, grpo, prompts, sft
+from bbkit import config, grpo, models, prompts, sft, weighting
 from bbkit.data import instructions, questions
+from bbkit.machine import functions
 
 QUESTIONS = questions.ontology("validation")[:10]
 GENERAL = instructions.examples("train", per_kind=1, kinds=instructions.SEEN)[:4]
@@ -40,9 +41,46 @@ def test_reward_functions_score_their_own_row_and_leave_out_what_does_not_apply(
     assert got == [[None, 1.0], [None, 1.0], [1.0, 1.0]]
 
 
-def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
-    from bbkit import models
+OWN = """
+def half(example, reply):
+    return None if example.task == "instruction" else 0.5 + 0.5 * ("<answer>" in reply)
+"""
+OWN += "".join(
+    f"def r{i}(example, reply):\n    return len(reply) % {i + 2} / {i + 2}\n" for i in range(7)
+)
 
+
+@pytest.mark.parametrize("rule", sorted(weighting.CONTROLLERS))
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_any_number_of_rewards_trains_and_is_logged_by_name(count, rule, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    own = [f"{tmp_path / 'own.py'}:{name}" for name in ("half", *(f"r{i}" for i in range(7)))]
+    chosen = {1: own[:1], 4: ["domain", "reasoning", "format", own[0]], 8: own}[count]
+    names = functions.names(chosen)
+    settings = config.load("pocket", overrides=[
+        "retention.rule=none", "grpo.steps=2", "grpo.prompts=2", "grpo.generations=4",
+        "grpo.micro_batch_size=8", "grpo.max_completion_length=8", "grpo.advantages=capability",
+        "grpo.combination=dual_cone", f"grpo.controller.rule={rule}", "grpo.weights.half=0.5",
+        f"grpo.rewards=[{', '.join(chosen)}]",
+    ])  # fmt: skip
+    model, tokenizer = models.load(settings.model, say=lambda line: None)
+    model = models.add_lora(model, settings.model, 0)
+    order = [QUESTIONS[0], GENERAL[0]] * 2
+    trainer = grpo.build(model, tokenizer, order, settings, tmp_path)
+    trainer.train()
+    weights = trainer.controller.weights
+    assert len(weights) == count and sum(weights) == pytest.approx(1) and min(weights) > 0
+    logged = set().union(*trainer.state.log_history)
+    pairs = {f"cosine/{a}/{b}" for i, b in enumerate(names) for a in names[:i]}
+    kinds = ("weight", "coefficient", "gradient_norm", "sigma")
+    assert logged >= {f"{kind}/{name}" for kind in kinds for name in names} | pairs
+    assert all(set(sample["rewards"]) == set(names) for sample in trainer.last_samples)
+    if rule == "fixed":
+        even = 1 / (count - 0.5)
+        assert weights[names.index("half")] == pytest.approx(0.5 * even)
+
+
+def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
     settings = config.load("pocket", overrides=["sft.steps=1", "retention.rule=none"])
     model, tokenizer = models.load(settings.model, say=lambda line: None)
     model = models.add_lora(model, settings.model, 0)

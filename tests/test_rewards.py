@@ -456,6 +456,102 @@ def test_validate_catches_a_chain_that_carries_any_answer(monkeypatch):
         rewards.validate([ONE])
 
 
+# --- own rewards, by path -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """An entry of `grpo.rewards`: a function `mine` of this text, in a file."""
+
+    def write(text: str, name: str = "mine") -> str:
+        (tmp_path / "own.py").write_text(text)
+        return f"{tmp_path / 'own.py'}:{name}"
+
+    return write
+
+
+def test_an_own_reward_stands_beside_the_kits(own):
+    entry = own("def mine(example, reply):\n    return len(reply) == 3 or None\n")
+    found = rewards.chosen(["format", entry])
+    assert list(found) == ["format", "mine"] and found["format"] is rewards.REWARDS["format"]
+    assert rewards.score(ONE, "abc", found) == {"format": 0.0, "mine": 1.0}
+    assert rewards.score(ONE, "ab", found)["mine"] is None
+    assert rewards.chosen(list(rewards.REWARDS)) == rewards.REWARDS
+
+
+def test_an_edited_file_is_read_again_and_one_file_is_run_once(own):
+    first = own("def mine(e, r):\n    return 0.5\n")
+    assert rewards.chosen([first])["mine"](ONE, "") == 0.5
+    own("def mine(e, r):\n    return 0.6\n")  # as long, within the same second
+    assert rewards.chosen([first])["mine"](ONE, "") == 0.6
+    own("n = []\ndef mine(e, r):\n    n.append(1)\ndef other(e, r):\n    return len(n) / 10\n")
+    both = rewards.chosen([first, first.replace(":mine", ":other")])
+    both["mine"](ONE, "")
+    assert both["other"](ONE, "") == 0.1
+    data = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 1\n"
+    own(f"{data}def mine(e, r):\n    return float(A().x)\n")
+    assert rewards.chosen([first])["mine"](ONE, "") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def nine(e, r):\n    return 1", "own.py: no function 'mine'; did you mean nine?"),
+        ("mine = 3", "own.py: no function 'mine'; there is none."),
+        ("def mine(reply):\n    return 1", "write def mine(example, reply):"),
+        ("def mine(e, r, *, k):\n    return 1", "missing a required argument: 'k'"),
+        ("x = 1\ndef mine(:", "own.py cannot be run, line 2: SyntaxError"),
+        ("import no_such_module", "cannot be run, line 1: ModuleNotFoundError: No module named"),
+        ("raise SystemExit(3)", "cannot be run, line 1: SystemExit: 3"),
+    ],
+)
+def test_a_file_that_cannot_serve_is_one_line(own, text, said):
+    with pytest.raises(InputError) as error:
+        rewards.chosen([own(text)])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_not_there_or_is_called_as_a_measure_is_one_line(own):
+    for name in ("unparsed", "elsewhere_x", "domain"):
+        with pytest.raises(InputError, match=f"{name} is a measure of the kit; rename"):
+            rewards.chosen([own(f"def {name}(e, r):\n    return 1", name)])
+    with pytest.raises(InputError, match=r"nowhere\.py: cannot be read"):
+        rewards.chosen(["nowhere.py:mine"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return 1.5", "own.py:mine gave 1.5 for row q1; give a number in [0, 1]"),
+        ("return -0.1", "gave -0.1"),
+        ("return float('nan')", "gave nan"),
+        ("return '1'", "gave '1'"),
+        ("return [1.0]", "gave [1.0]"),
+        ("return 1 / 0", "failed on row q1, line 2: ZeroDivisionError: division by zero"),
+        ("import random; return random.random()", "two calls gave"),
+        ("return 0", "is 0 for every gold reply"),
+        ("return None", "is None for every row"),
+        ("pass", "is None for every row"),
+    ],
+)
+def test_an_own_reward_is_checked_on_gold_before_any_training(own, body, said):
+    entry = own(f"def mine(example, reply):\n    {body}\n")
+    with pytest.raises(InputError) as error:
+        rewards.validate_own(["domain", entry], [replace(ONE, id="q1"), TWO])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_own_rewards_that_are_sound_pass(own):
+    entry = own("def mine(e, r):\n    return None if e.task == 'instruction' else len(r) > 9\n")
+    rewards.validate_own([entry], [ONE, INSTRUCTION])
+    # without a reference reply there is no gold to score
+    rewards.validate_own(
+        [own("def mine(e, r):\n    return float(bool(r)) if e.constraints else None\n")],
+        [ONE, replace(INSTRUCTION, answer="")],
+    )
+    rewards.validate_own(["domain"], [])
+
+
 def test_what_the_kit_generates_is_valid(monkeypatch):
     monkeypatch.setattr(knowledge, "is_fact", IS_FACT)
     rows = questions.ontology("validation")

@@ -156,6 +156,13 @@ def test_a_weight_of_zero_stays_off_and_absent_rewards_change_nothing():
         assert CONTROLLERS[name]([3, 1]).update(none) == [0.75, 0.25]
 
 
+@pytest.mark.parametrize("name", sorted(CONTROLLERS))
+def test_one_reward_has_all_the_weight(name):
+    controller = CONTROLLERS[name]([2.0], floor=0.5)
+    for seen in (Stats([None], [None], [None]), Stats([1.0], [0.0], [0.0], [[0.0]])):
+        assert controller.update(seen) == [1.0]
+
+
 def test_bad_weights_are_named():
     with pytest.raises(InputError, match=r"weights \[1, -1\]"):
         CONTROLLERS["deficit"]([1, -1])

@@ -178,7 +178,7 @@ def plan(
     out = {}
     for stage, sequences, read, rows, filled in (
         ("sft", s.micro_batch_size, model.max_length, 0, 0),
-        ("grpo", g.micro_batch_size, g.max_completion_length, 3 + bool(g.beta),
+        ("grpo", g.micro_batch_size, g.max_completion_length, len(g.rewards) + bool(g.beta),
          g.sample_at_once or g.prompts * g.generations),
     ):  # fmt: skip
         small = "8bit" in getattr(settings, stage).optimizer

@@ -43,7 +43,8 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         )
     if len(rows) >= 2 * WINDOW:
         first = rows[:WINDOW]
-        rise, fall = (_mean(last, f"{REWARD}{k}") - _mean(first, f"{REWARD}{k}") for k in PAIR)
+        rises = {k: _mean(last, REWARD + k) - _mean(first, REWARD + k) for k in names}
+        rise, fall = (rises.get(k, 0.0) for k in PAIR)
         if rise > 0.1 and fall < -0.05:
             found["format for domain"] = (
                 f"reward format rose by {rise:.2f} while domain fell by {-fall:.2f}: lower "
@@ -51,7 +52,7 @@ def signs(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             )
         kept, made = (_of(last, f"retention/slope{end}") for end in ("_kept", ""))
         bound = sum(a < b for a, b in zip(kept, made, strict=True)) / WINDOW  # the cone's never is
-        if names and bound > 0.8 and max(rise, fall) < 0.02:
+        if names and bound > 0.8 and max(rises.values()) < 0.02:
             found["budget binds"] = (
                 f"retention cut {bound:.0%} of the steps while no reward rises: raise "
                 "retention.budget, or a lower learning rate needs less of it"

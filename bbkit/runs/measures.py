@@ -5,14 +5,21 @@ questions); general instructions are independent prompts.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
+from bbkit.rewards import MEASURES
 from bbkit.runs import elsewhere
 from bbkit.runs.statistics import interval
 
-MEASURES = (
-    "domain domain_lenient reasoning format instruction instruction_unseen unparsed "
-    "ifeval_strict ifeval_loose ifeval_answer_strict"
-).split()
+
+def names(rows: Sequence[Mapping]) -> list[str]:
+    """Measures of item rows: the kit's, then own rewards; not those of bbkit.runs.elsewhere.
+
+    >>> names([{"task": "short", "scores": {"brevity": 1.0}}])[-1]
+    'brevity'
+    """
+    asked = (row["scores"] for row in rows if row["task"] != "elsewhere")
+    return list(dict.fromkeys((*MEASURES, *chain.from_iterable(asked))))
 
 
 def cluster(item: Mapping) -> str:
@@ -31,7 +38,7 @@ def summary(rows: Sequence[Mapping], draws: int = 2000) -> dict[str, dict]:
     """
     out: dict[str, dict] = {}
     nats = elsewhere.names(rows)
-    for name in (*MEASURES, *nats):
+    for name in (*names(rows), *nats):
         kept = [r for r in rows if r["scores"].get(name) is not None]
         if kept:
             pairs = [(r["scores"][name], cluster(r)) for r in kept]
@@ -69,13 +76,14 @@ def difference(
     before: Sequence[Mapping], after: Sequence[Mapping], draws: int = 2000
 ) -> dict[str, dict]:
     """Paired change `after - before` on the same items, with a clustered bootstrap interval."""
-    earlier = {(r["source"], r["id"]): r for r in before}
+    earlier = {(r["source"], r["id"]): r["scores"] for r in before}
     out = {}
-    for name in MEASURES:
+    for name in names(after):
         pairs = [
-            (r["scores"][name] - earlier[r["source"], r["id"]]["scores"][name], cluster(r))
+            (now - then, cluster(r))
             for r in after
-            if r["scores"].get(name) is not None and (r["source"], r["id"]) in earlier
+            if (now := r["scores"].get(name)) is not None
+            and (then := earlier.get((r["source"], r["id"]), {}).get(name)) is not None
         ]
         if pairs:
             out[name] = mean(pairs, draws, shares=False)

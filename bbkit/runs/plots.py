@@ -6,6 +6,7 @@ per capability throughout (Okabe and Ito, safe for the colour-blind); captions s
 """
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -14,17 +15,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bbkit.machine.files import read_json, read_rows, write_bytes
+from bbkit.runs.looks import COLORS as COLORS  # this and the next two were always here
+from bbkit.runs.looks import color as color
+from bbkit.runs.looks import looks as looks
+from bbkit.runs.looks import rewards_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {
-    "domain": "#0072B2",
-    "reasoning": "#D55E00",
-    "format": "#CC79A7",
-    "instruction": "#009E73",
-    "retention": "#E69F00",
-}
 NAMES = {
     "domain": "domain accuracy",
     "domain_lenient": "domain accuracy, read leniently",
@@ -41,36 +39,29 @@ SHOWN = ("domain", "reasoning", "format", "instruction", "instruction_unseen")
 Measures = Mapping[str, Mapping[str, Any]]
 
 
-def color(name: str) -> str:
-    """The colour of a capability or of a measure of it; grey for any other.
-
-    >>> color("instruction_unseen") == color("instruction")
-    True
-    """
-    return COLORS.get(name, COLORS.get(name.split("_")[0], "#555555"))
-
-
 def rewards(folder: Path) -> "Figure | None":
     """Sampled rewards over GRPO's steps, and their weights below; None before any GRPO step."""
     rows = [r for r in read_rows(folder / "metrics.jsonl") if r["stage"] == "grpo"]
-    names = [k.split("/")[1] for r in rows[:1] for k in r if k.startswith("reward/")]
-    if not names:
+    names = rewards_of(folder)
+    if not any(f"reward/{name}" in row for row in rows for name in names):
         return None
     figure, (top, below) = new_figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
-    window, trends = max(1, len(rows) // 10), []
+    window, trends, look = max(1, len(rows) // 10), [], looks(names)
     for i, name in enumerate(names):
         x, y = _series(rows, f"reward/{name}")
         if y:
-            top.plot(x, y, color=color(name), alpha=0.3, lw=0.8)
+            top.plot(x, y, **look[name], alpha=0.3, lw=0.8)
             mean = [fmean(y[max(0, j - window) : j]) for j in range(1, len(y) + 1)]
-            top.plot(x, mean, color=color(name), lw=2.2, label=name)
+            top.plot(x, mean, **look[name], lw=2.2, label=name)
             trends.append(f"{name} {fmean(y[:window]):.2f} to {fmean(y[-window:]):.2f}")
-        thick = 2 + 3 * (len(names) - 1 - i)  # equal weights stay visible, one inside the other
-        below.plot(*_series(rows, f"weight/{name}"), color=color(name), lw=thick)
+        # equal weights stay visible, one inside the other
+        thick = 2 + 6 * (1 - i / max(1, len(names) - 1))
+        below.plot(*_series(rows, f"weight/{name}"), **look[name], lw=thick)
     top.set(ylabel="mean reward (0 to 1)", ylim=(-0.02, 1.02))
     below.margins(y=0.5)
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="weight", ylim=(0, None))
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(names), frameon=False)
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    top.legend(**where, ncols=min(4, len(names)), frameon=False)
     return captioned(
         figure,
         "Rewards of the sampled training completions (thin: one step, thick: mean of the last "
@@ -87,31 +78,37 @@ def gradients(folder: Path) -> "Figure | None":
     pairs = sorted({k for r in rows for k in r if k.startswith("cosine/")})
     if not pairs:
         return None
-    figure, (top, below) = new_figure(7.2, 5.4, 2, sharex=True, height_ratios=[2.4, 1])
-    window, opposed, lines = max(1, len(rows) // 10), [], {}
+    columns, look = (3 if len(pairs) < 10 else 4), looks(rewards_of(folder))
+    high = 5.2 + 0.2 * math.ceil(len(pairs) / columns)
+    figure, (top, below) = new_figure(7.2, high, 2, sharex=True, height_ratios=[2.4, 1])
+    window, lines = max(1, len(rows) // 10), {}
+    opposed = {pair: fmean(v < 0 for v in _series(rows, pair)[1]) for pair in pairs}
+    shown = pairs if len(pairs) < 10 else sorted(pairs, key=lambda pair: -opposed[pair])[:6]
     for pair in pairs:
         _, one, other = pair.split("/")
         x, y = _series(rows, pair)
         mean = [fmean(y[max(0, j - window) : j]) for j in range(1, len(y) + 1)]
-        (solid,) = top.plot(x, mean, color=color(one), lw=2.4)
-        (dashed,) = top.plot(x, mean, color=color(other), lw=2.4, ls=(0, (2, 2)))
+        style = {"lw": 2.4, "alpha": 1 if pair in shown else 0.25}
+        (solid,) = top.plot(x, mean, color=look[one]["color"], **style)
+        (dashed,) = top.plot(x, mean, color=look[other]["color"], ls=(0, (2, 2)), **style)
         lines[f"{one}, {other}"] = (solid, dashed)
-        opposed.append(f"{one} and {other} {fmean(v < 0 for v in y):.0%}")
-    for key in sorted({k for r in rows for k in r if k.startswith("coefficient/")}):
-        below.plot(*_series(rows, key), color=color(key.partition("/")[2]), lw=2)
+    for name in look:
+        below.plot(*_series(rows, f"coefficient/{name}"), **look[name], lw=2)
+    most = "" if shown is pairs else " (strong: the six pairs that most often are)"
+    named = (f"{' and '.join(pair.split('/')[1:])} {opposed[pair]:.0%}" for pair in shown)
     size = read_json(folder / "run.json").get("model", {}).get("lora_parameters")
     null = null_cosine(size) if size else 0.0
     by_chance = f"Random directions would give ±{null:.4f}. " if size else ""
     top.axhspan(-null, null, color="#555555", alpha=0.25)
     top.set(ylabel="cosine of the gradients", ylim=(-1.05, 1.05))
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="coefficient")
-    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.14), "ncols": 3}
+    where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": columns}
     top.legend(lines.values(), lines, frameon=False, fontsize=8, handlelength=3, **where)
     return captioned(
         figure,
         f"Cosine between the gradients of two capabilities in one step (mean of the last {window})"
         f" and the coefficient with which each enters the update. {by_chance}Notice how often two "
-        f"are opposed: {'; '.join(opposed)} of the steps.",
+        f"are opposed{most}: {'; '.join(named)} of the steps.",
     )
 
 
@@ -119,19 +116,26 @@ def before_after(folder: Path) -> "Figure | None":
     """Held-out results of base, SFT and GRPO, each with its interval; None without evaluation."""
     results = results_of(folder)
     stages = [s for s in STAGES if s in results]
-    measures = [m for m in SHOWN if any(m in results[s] for s in stages)]
+    look = looks(rewards_of(folder))
+    own = [name for name in look if name not in COLORS]
+    shown = [*SHOWN[:3], *own, *SHOWN[3:]]
+    measures = [m for m in shown if any(m in results[s] for s in stages)]
     if not measures:
         return None
     figure, axis = new_figure(1.6 * len(measures) + 1, 4.6)
     width, ticks = 0.84 / len(stages), []
     for i, measure in enumerate(measures):
-        ticks.append(textwrap.fill(NAMES[measure], 16) + f"\nn = {count_of(results, measure)}")
+        tint = look[measure]["color"] if measure in look else color(measure)
+        ticks.append(
+            textwrap.fill(NAMES.get(measure, measure), 16) + f"\nn = {count_of(results, measure)}"
+        )
         for stage in (s for s in stages if measure in results[s]):
             x = i + (stages.index(stage) - (len(stages) - 1) / 2) * width
             value, low, high = percent(results[stage][measure])
             style = {"alpha": SHADES[stage], "hatch": "//" if "unseen" in measure else None}
-            axis.bar(x, value, width * 0.92, color=color(measure), ec="white", **style)
-            axis.errorbar(x, value, [[value - low], [high - value]], color="black", capsize=3, lw=1)
+            axis.bar(x, value, width * 0.92, color=tint, ec="white", **style)
+            ink = "#777777" if tint == "#000000" else "black"
+            axis.errorbar(x, value, [[value - low], [high - value]], color=ink, capsize=3, lw=1)
             if measure == "domain" and "domain_lenient" in results[stage]:
                 lenient = percent(results[stage]["domain_lenient"])[0]
                 axis.plot(x, lenient, "D", mfc="white", mec="black", ms=6, zorder=5)

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from bbkit import InputError, config, exit_code
+from bbkit.machine import functions
 from bbkit.machine.files import read_json, read_rows, write_bytes
 from bbkit.runs import elsewhere, health, measures, record
 from bbkit.runs.plots import BASELINES, NAMES, STAGES, Measures, count_of, draw, percent, results_of
@@ -229,6 +230,7 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
         "data": "; ".join(f"{k} {', '.join(settings['data'][k])}" for k in ("sft", "grpo")),
         "SFT": f"{sft['steps']} steps of {sft['batch_size']}, rate {sft['learning_rate']:g}",
         "GRPO": f"{grpo['steps']} steps of {groups}, rate {grpo['learning_rate']:g}",
+        "rewards": ", ".join(grpo.get("rewards", functions.REWARDS)),
         "minutes": ", ".join(f"{k} {v:.1f}" for k, v in minutes.items()) or "not known",
         "device": f"{device}, {hardware.get('memory_gib', '?')} GiB memory, {hardware['system']}",
         "seed": str(settings["run"]["seed"]),

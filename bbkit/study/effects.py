@@ -81,7 +81,7 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     by_source = [f"{m} on {s}" for s in sources for m in ("domain", "domain_lenient")]
     asked = by_source if len(sources) > 1 else []
     found = {}
-    for name in (*measures.MEASURES, *KL, *asked, *elsewhere.names(runs[0])):
+    for name in (*measures.names(runs[0]), *KL, *asked, *elsewhere.names(runs[0])):
         cells = [_cells(rows, name) for rows in runs]
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])

@@ -16,7 +16,7 @@ from typing import Any
 from bbkit import prompts
 from bbkit.prompts import TAGS, Example
 from bbkit.rewards import REWARDS
-from bbkit.runs.plots import color
+from bbkit.runs.plots import color, looks
 
 Hack = tuple[str, str, dict[str, float | None]]  # name, reply, expected score of each reward
 
@@ -81,8 +81,9 @@ def shown(reply: str, scores: Mapping[str, float | None] | None = None) -> str:
     for tag in map(html.escape, TAGS):
         style = f"color:{color('reasoning' if 'reasoning' in tag else 'domain')};font-weight:bold"
         text = text.replace(tag, f'<span style="{style}">{tag}</span>')
+    look = looks([*(scores or {})])
     told = "".join(
-        f'<span style="color:{color(name)}">{name} {value:.2g}</span> '
+        f'<span style="color:{look[name]["color"]}">{name} {value:.2g}</span> '
         for name, value in (scores or {}).items()
         if value is not None
     )

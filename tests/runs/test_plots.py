@@ -171,3 +171,42 @@ def test_odd_evaluations_do_not_stop_the_report(tmp_path):
     assert "**GRPO** ()" in text and "So." in text
     assert "| ifeval_strict | 3 | 50.0 |" in text
     assert "reasoning validity" not in text
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+def test_every_reward_of_a_run_has_its_look_and_its_name_everywhere(tmp_path, count):
+    names = ["domain", "reasoning", "format", *(f"own{i}" for i in range(20))][:count]
+    asked = [name if name in plots.COLORS else f"my.py:{name}" for name in names]
+    settings = to_dict(load("pocket", overrides=[f"grpo.rewards={','.join(asked)}",
+                                                 "grpo.controller.floor=0.01"]))  # fmt: skip
+    with Run(tmp_path, settings, ["a"]) as run:
+        for step in (1, 2, 3):
+            row = {f"{kind}/{name}": 0.5 for kind in ("reward", "weight") for name in names}
+            row |= {f"coefficient/{name}": 0.1 for name in names}
+            pairs = [(a, b) for i, b in enumerate(names) for a in names[:i]]
+            run.log("grpo", step, row | {f"cosine/{a}/{b}": -0.2 for a, b in pairs})
+        run.evaluation({"grpo": {name: measure(0.5, 50) for name in names}})
+    text = report.write(tmp_path).read_text()
+    for name in names:
+        assert f"| {plots.NAMES.get(name, name)} | 50 |" in text
+    assert f"rewards: {', '.join(asked)}" in text
+    looks = plots.looks(names)
+    assert len({(look["color"], look["ls"]) for look in looks.values()}) == count
+    assert all(looks[name]["color"] == plots.COLORS[name] for name in names[:3])
+    top, below = plots.rewards(tmp_path).axes
+    told = [label.get_text() for label in top.get_legend().get_texts()]
+    assert told == names and len(below.get_lines()) == count
+    ticks = plots.before_after(tmp_path).axes[0].get_xticklabels()
+    shown = {t.get_text().partition("\n")[0] for t in ticks}
+    assert {name for name in names if name not in plots.NAMES} <= shown
+    cosines = plots.gradients(tmp_path)
+    assert (cosines is None) == (count == 1)
+    if cosines:
+        legend = cosines.axes[0].get_legend().get_texts()
+        assert len(legend) == count * (count - 1) // 2 and "100%" in cosines.get_supxlabel()
+
+
+def test_eight_of_a_users_own_have_eight_colours():
+    looks = plots.looks([f"own{i}" for i in range(9)])
+    assert len({look["color"] for look in looks.values()}) == 8
+    assert looks["own8"] == looks["own0"] | {"ls": "--"}

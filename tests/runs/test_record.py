@@ -262,7 +262,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
 
 def test_a_run_made_before_a_setting_was_there_goes_on(tmp_path):
     old, new = to_dict(load("pocket")), to_dict(load("pocket"))
-    del old["grpo"]["sample_at_once"], old["run"]["save_minutes"]
+    del old["grpo"]["sample_at_once"], old["run"]["save_minutes"], old["grpo"]["rewards"]
     Run(tmp_path, old, ["a"]).__exit__(None, None, None)
     with Run(tmp_path, new, ["a"], resume=tmp_path):
         pass
