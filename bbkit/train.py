@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input or configuration, 3 cannot run here, 4 training 
 """
 
 import argparse
+import importlib.util
 import os
 import random
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bbkit import InputError, config, exit_code, held_back
+from bbkit import CannotRun, InputError, config, exit_code, held_back
 from bbkit.config import Settings
 from bbkit.data.replies import Reply
 from bbkit.machine import files, functions, gpu, hub, processes
@@ -69,6 +70,9 @@ def _main(args: argparse.Namespace, command: list[str]) -> int:
         from bbkit.runs import dry_run
 
         return dry_run.show(preset, settings, stages, args.offline, args.card)
+    asked = settings.run.report_to
+    if asked != "none" and importlib.util.find_spec(asked) is None:
+        raise CannotRun(f"run.report_to={asked}: not installed here; pip install {asked}")
     out = args.out or Path("runs") / f"{preset}-{settings.run.seed}"
     processes.join()
     resume = record.resolve_resume(args.resume, out)
@@ -164,7 +168,6 @@ def execute(
         changed = settings.data.allow_changed
         rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
     chosen = rewards.chosen(settings.grpo.rewards)  # once: the files may be edited meanwhile
-    run.pin(rewards=functions.checksums(settings.grpo.rewards))
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.runs.callback import Recorder
@@ -174,6 +177,7 @@ def execute(
     some = [n for n in names if data_dir or data.is_own(n)]
     sums = {n: data.checksums(n, "train", data_dir) for n in some}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
+    run.pin(rewards=functions.checksums(settings.grpo.rewards))
     if "evaluate" in stages:
         rows["elsewhere"] = elsewhere.texts(settings, data_dir)
 
@@ -181,7 +185,7 @@ def execute(
         if run.writes and "evaluate" in stages and not run.is_done(f"evaluate {stage}"):
             evaluate_model(run, stage, model, tokenizer, rows, settings, chosen)
 
-    asked = [s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps]
+    asked = {s for s in ("sft", "grpo") if s in stages and getattr(settings, s).steps}
     left = {s for s in asked if not run.is_done(s)}
     guarded = {*settings.retention.stages} if settings.retention.rule != "none" else set()
     kept: list[Reply] = []
@@ -192,7 +196,7 @@ def execute(
     evaluate_stage("base")
     model = models.add_lora(model, settings.model, settings.run.seed)
     tuned = False
-    for stage in ("sft", "grpo"):
+    for stage in STAGES[:2]:
         if run.is_done(stage):  # whatever the stages asked for: the next ones go on from it
             models.load_adapter(model, run.folder / stage / "adapter")
         elif stage in left:

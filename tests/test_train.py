@@ -595,3 +595,10 @@ def test_every_method_makes_100_steps_and_resumes_to_the_same_bits(method, tuned
             assert all(f"{part}/{k}" in row for k in kinds), part
         assert {"loss", "entropy", "unparsed", "gradient_engine", "seconds/combination"} <= set(row)
     assert moved == ("controller.rule=" in method and "fixed" not in method)
+
+
+def test_a_place_to_report_to_that_is_not_installed_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["--preset", "pocket", "--set", "run.report_to=trackio", "--out", str(tmp_path / "run")]
+    assert train.main(words) == 3 and not (tmp_path / "run").exists()
+    assert "run.report_to=trackio: not installed here; pip install" in capsys.readouterr().err
