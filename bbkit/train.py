@@ -165,17 +165,16 @@ def execute(
     torch.set_num_threads(settings.run.threads or torch.get_num_threads())
     rows = rows | {"ifeval": [], "elsewhere": []}
     if most := settings.evaluation.ifeval:
-        changed = settings.data.allow_changed
-        rows["ifeval"] = data.load("ifeval", "test", data_dir, allow_changed=changed)[:most]
+        told = data.load("ifeval", "test", data_dir, allow_changed=settings.data.allow_changed)
+        rows["ifeval"] = told[:most]
     chosen = rewards.chosen(settings.grpo.rewards)  # once: the files may be edited meanwhile
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.runs.callback import Recorder
 
-    own = {n for n in settings.data.evaluate if data.is_own(n)}
-    names = sorted({*settings.data.sft, *settings.data.grpo} | own)
-    some = [n for n in names if data_dir or data.is_own(n)]
-    sums = {n: data.checksums(n, "train", data_dir) for n in some}
+    named = {*settings.data.sft, *settings.data.grpo, *filter(data.is_own, settings.data.evaluate)}
+    names = sorted(n for n in named if data_dir or data.is_own(n))
+    sums = {n: data.checksums(n, "train", data_dir) for n in names}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
     run.pin(rewards=functions.checksums(settings.grpo.rewards))
     if "evaluate" in stages:
