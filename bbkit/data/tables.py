@@ -59,7 +59,7 @@ def _table(name: str, text: str) -> list[Row]:
         for cells in reader:
             cells = [cell.strip() for cell in cells]
             if not header:
-                header = cells
+                header = [" ".join(cell.split()) for cell in cells]  # some have line breaks
                 while header and not header[-1]:
                     header.pop()
                 if twice := {cell for cell in header if cell and header.count(cell) > 1}:

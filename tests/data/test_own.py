@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bbkit import CannotRun, InputError, config, data, rewards, train
 from bbkit.config import Columns
@@ -204,6 +206,29 @@ def test_five_options_or_a_number_that_differs(tmp_path):
     assert [e.id for e in rows] == [f"{path} line {n}" for n in (2, 3, 4)]
     rewards.validate(rows)
     assert "4 options" in message(lambda: of(path, columns=Columns(options=("A", "B", "C", "D"))))
+
+
+CELLS = st.text(st.sampled_from('AaBb1 20.)(<>answer/reasoning,;|"[]é\n?α'), max_size=12)
+
+
+@given(st.lists(CELLS, min_size=3, max_size=8))
+def test_whatever_is_taken_scores_full(cells):
+    """A row of anything is refused in one line, or its gold scores 1 and no other option does."""
+    question, answer, reasoning, *options = cells
+    row = {"question": question, "answer": answer, "reasoning": reasoning, "options": options}
+    try:
+        read = own.examples("my.csv", [("my.csv line 2", row)], "train", Columns(), whole=True)
+    except InputError as error:
+        assert "\n" not in str(error) and str(error).startswith("my.csv")
+    else:
+        rewards.validate(read)
+
+
+def test_a_name_with_a_line_break(tmp_path):
+    path = file(tmp_path, 'Frage,"Ant\nwort"\nQ?,six\n')
+    assert "there are Frage, Ant wort: --set" in message(lambda: of(path, columns=Columns()))
+    columns = Columns(question="Frage", answer="Ant wort")
+    assert of(path, columns=columns, whole=True)[0].answer == "six"
 
 
 def test_letters_without_options_are_no_free_text(tmp_path):
