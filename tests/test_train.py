@@ -602,3 +602,36 @@ def test_a_place_to_report_to_that_is_not_installed_is_one_line(capsys, monkeypa
     words = ["--preset", "pocket", "--set", "run.report_to=trackio", "--out", str(tmp_path / "run")]
     assert train.main(words) == 3 and not (tmp_path / "run").exists()
     assert "run.report_to=trackio: not installed here; pip install" in capsys.readouterr().err
+
+
+def test_an_own_reward_is_in_every_part_of_a_run_and_may_not_change(tmp_path, capsys):
+    mine, out = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text("def brevity(example, reply):\n    return max(0.0, 1 - len(reply) / 300)\n")
+    asked = ["--set", f"grpo.rewards=domain,reasoning,format,{mine}:brevity"]
+    words = [*SMALL, *asked, "--set", "grpo.weights.brevity=0.5", "--out", str(out)]
+    assert train.main(words) == 0
+    last = read_rows(out / "metrics.jsonl")[-1]
+    kinds = ("reward", "sigma", "weight", "coefficient", "gradient_norm", "cosine/format")
+    assert {f"{kind}/brevity" for kind in kinds} <= set(last)
+    assert all("brevity" in row["rewards"] for row in read_rows(out / "samples.jsonl"))
+    results = files.read_json(out / "evaluation.json")
+    low, high = results["grpo"]["brevity"]["interval"]
+    assert low <= results["grpo"]["brevity"]["value"] <= high
+    assert "brevity" in results["difference"]["grpo-sft"]
+    assert "| brevity | 24 |" in (out / "report.md").read_text()
+    assert len(files.read_json(out / "run.json")["rewards"][str(mine)]) == 64
+    mine.write_text(mine.read_text().replace("300", "299"))
+    assert train.main(words) == 2
+    assert "mine.py was" in (said := capsys.readouterr().err) and "cannot resume" in said
+
+
+def test_an_own_reward_that_cannot_serve_ends_before_a_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "load", None)
+    mine = tmp_path / "mine.py"
+    mine.write_text("def worse(example, reply):\n    return 1 + len(reply)\n")
+    out = tmp_path / "run"
+    words = [*SMALL, "--set", f"grpo.rewards={mine}:worse", "--out", str(out)]
+    assert train.main(words) == 2 and not out.exists()
+    assert capsys.readouterr().err.count("\n") == 1
