@@ -13,8 +13,7 @@ from unicodedata import normalize
 from bbkit import prompts
 
 # After a genus: "C. difficile" is no option C. By the letter of the genus: "B. Fetus" may be B.
-EPITHETS = dict(re.findall(
-    "([A-Z]) ([a-z ]+)",
+EPITHETS = (
     "A actinomycetemcomitans aegypti baumannii braziliense caninum cantonensis duodenale felis "
     "flavus fumigatus hydrophila israelii lumbricoides niger phagocytophilum terreus B abortus "
     "anthracis bacilliformis bronchiseptica burgdorferi canis cepacia cereus coli dermatitidis "
@@ -25,8 +24,8 @@ EPITHETS = dict(re.findall(
     "novyi parapsilosis parvum perfringens pneumoniae psittaci septicum sinensis sordellii tetani "
     "trachomatis tropicalis ulcerans upsaliensis D caninum folliculorum fragilis hominis immitis "
     "latum medinensis melanogaster E aerogenes canis cloacae coli corrodens dermatitidis faecalis "
-    "faecium granulosus histolytica multilocularis rhusiopathiae vermicularis",
-))  # fmt: skip
+    "faecium granulosus histolytica multilocularis rhusiopathiae vermicularis"
+)
 GAP = r"[\s*_`\"'“”‘’$]{0,12}"
 # Words that may follow a bare letter: no noun of which the letter would be a part (B cells).
 AFTER = "because since as due based given which here therefore thus per according".split()
@@ -79,7 +78,7 @@ IT = (
     r"(?:^|[.!?\n]\s{{0,3}})(?i:(?:so|thus|therefore|hence),?\s)?"
     r"(?i:it(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s)[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
 )
-LETTERED = r"(?i:\b(?:antigen|blood|class|factor|grade|group|hepatitis|stage|type|vitamin)s?\b)"
+LETTERED = r"(?i:antigen|blood|class|factor|grade|group|hepatitis|influenza|stage|type|vitamin)"
 LAST = re.compile(r"(?i:(?:thus|therefore|hence|so),?\s)?(?i:(?:option|choice)\s)?[*_]{0,3}")
 UNSURE = re.compile(
     r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|neither|rather\sthan|instead\sof|except|"
@@ -176,7 +175,7 @@ def _label(text: str, at: int, letters: str) -> str | None:
     if match[3]:
         return letter
     word = re.match(r"\.\s{0,3}([A-Za-z]+)", rest)
-    if word and word[1].casefold() in EPITHETS.get(letter, "").split():
+    if word and re.search(rf"{letter}[a-z ]* {word[1].casefold()}\b", EPITHETS):
         return None
     ended = r"(?:[,;:)\]]|\.(?:(?!\w)|(?=[A-Z][a-z]{2}))|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])"
     if re.match(ended, rest) or not rest.strip():

@@ -109,6 +109,8 @@ TRAPS = [
     "It must be B cells", "so it must be A-positive", "So it must be B lymphocytes.",
     "So it must be B or C.", "If so it must be B", "It must be a.", "It is C. difficile.",
     "Her blood group is not A. So it must be B.", "It is viral hepatitis, not A.\nIt is B.",
+    "Which influenza? It's A.", "答案：C反应蛋白", "正解はC反応性蛋白", "Ｂ細胞",
+    "the answer is d/t trauma",
     "So it must be B. No, it cannot be.", "It is hepatitis B</s>", "vitamin D<|im_end|>",
     "<s>A virus</s>", "<|im_start|>assistant\nA virus<|im_end|>", "The answer is A<|x|> or B",
     "答案：C型肝炎", "答案：维生素D", "答案：A或B", "答案：A、B", "答案：A\n答案：B",
