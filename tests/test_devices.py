@@ -62,9 +62,9 @@ def test_retention_and_the_replies_it_keeps(pair):
 
 
 def test_judge(pair):
-    from bbkit import grpo
+    from bbkit.machine import judge
 
-    assert len(grpo.judged(*pair, ASKED, [REPLY, REPLY])) == 2
+    assert len(judge.judged(*pair, ASKED, [REPLY, REPLY])) == 2
 
 
 def test_what_is_measured_elsewhere(pair):
@@ -128,7 +128,7 @@ def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
 
 
 def test_probe(pair, on_it, tmp_path):
-    from bbkit import grpo
+    from bbkit.machine import judge
     from bbkit.data import questions
     from bbkit.study import probe
 
