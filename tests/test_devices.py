@@ -128,7 +128,7 @@ def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
 
 
 def test_probe(pair, on_it, tmp_path):
-    from bbkit.machine import judge
+    from bbkit import grpo
     from bbkit.data import questions
     from bbkit.study import probe
 
