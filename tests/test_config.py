@@ -300,3 +300,8 @@ def test_a_gpu_that_torch_cannot_use_is_told_from_none(monkeypatch, tmp_path, bu
     assert name == "pocket" and re.search(said, reason), reason
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert gpu.choose_preset()[1] == "CUDA_VISIBLE_DEVICES=-1 hides every GPU"
+
+
+def test_a_section_takes_no_keyword_that_it_does_not_know():
+    with pytest.raises(ValueError, match="nmae"):
+        config.Model(nmae="pocket")
