@@ -225,9 +225,9 @@ def run_in_a_kernel(path: Path) -> str:
     return printed(notebook)
 
 
-# In CI the solutions alone, which have every cell of the others, but for the two that train for
+# In CI the solutions alone, which have every cell of the others, but for the three that train for
 # minutes; and without a kernel: in some runs it and its client waited for each other for good.
-LONG = ("00_start_here.ipynb", "02_qlora_sft.ipynb")
+LONG = ("00_start_here.ipynb", "02_qlora_sft.ipynb", "04_grpo.ipynb")
 CASES = [
     pytest.param(path, run_in_a_shell, id=f"solutions/{path.name}")
     for path in SOLVED
