@@ -61,7 +61,8 @@ def held_back() -> Iterator[None]:
 
 
 def _speak_utf8() -> None:
-    """Under LC_ALL=C libraries would read their own UTF-8 files, such as TRL's card, as ASCII."""
+    """A locale of another code, or C with PYTHONUTF8=0, is left: libraries would read their own
+    UTF-8 files by it, such as TRL's model card."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show is not worth a traceback
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("C.UTF-8", "UTF-8"):  # on Linux, on macOS

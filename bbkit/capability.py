@@ -266,8 +266,7 @@ class CapabilityAware(Trainer):
             torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
             method = "sum" if self.asked.metric == "step" else self.asked.combination
             found = combine(products, method, self.controller.weights)
-        coefficients = found.new_ones(len(capture))  # that of the rest stays 1
-        coefficients[:kinds] = found
+        coefficients = pad(found, (0, len(capture) - kinds), value=1.0)  # that of the rest stays 1
         capture.put(coefficients * scale)
         if self.asked.metric == "step":  # limits alone may be retention's
             self.limits.watch(self.optimizer)

@@ -18,7 +18,6 @@ import torch
 
 from bbkit import InputError
 from bbkit.machine import cpu, files, hub, loading, memory
-from bbkit.machine.hub import one_line, reading
 
 if TYPE_CHECKING:  # at run time unsloth has to be imported before these
     from peft import LoraConfig, PeftModel
@@ -97,7 +96,7 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> Peft
     try:
         return _wrap(model, lora, seed)
     except ValueError as error:
-        raise InputError(f"model.lora_targets: {one_line(error)}") from error
+        raise InputError(f"model.lora_targets: {hub.one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -134,7 +133,9 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = True) -> Peft
         places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         own = wrapped.peft_config["default"]
     except Exception as error:  # whatever bad JSON, wrong types or a cut file bring about
-        raise InputError(f"{file}: corrupt adapter or configuration: {one_line(error)}") from error
+        raise InputError(
+            f"{file}: corrupt adapter or configuration: {hub.one_line(error)}"
+        ) from error
     wrong = sorted(saved.keys() ^ places.keys())
     wrong = wrong or [k for k, v in saved.items() if v.shape != places[k].shape]
     wrong = wrong or [k for k, v in saved.items() if not v.isfinite().all()]
@@ -201,7 +202,7 @@ def merge(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
                     whole += tuned[place].get_delta_weight("default").detach()
                 copies[id(value)] = whole.to("cpu", dtype, copy=True)
             weights[f"{place}.{key}"] = copies[id(value)]
-    with reading("to merge"):
+    with hub.reading("to merge"):
         return loading.rebuild(base, weights, dtype, torch.device("cpu"))
 
 

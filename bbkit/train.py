@@ -168,6 +168,7 @@ def execute(
         told = data.load("ifeval", "test", data_dir, allow_changed=settings.data.allow_changed)
         rows["ifeval"] = told[:most]
     chosen = rewards.chosen(settings.grpo.rewards)  # once: the files may be edited meanwhile
+    run.pin(rewards=functions.checksums(settings.grpo.rewards))
     model, tokenizer = models.load(settings.model, offline=offline)
     with held_back():  # not before: unsloth, where it loads, comes before transformers and TRL
         from bbkit.runs.callback import Recorder
@@ -176,7 +177,6 @@ def execute(
     names = sorted(n for n in named if data_dir or data.is_own(n))
     sums = {n: data.checksums(n, "train", data_dir) for n in names}
     run.pin(prompt_hash=prompts.prompt_hash(), data=sums, model=model.origin)
-    run.pin(rewards=functions.checksums(settings.grpo.rewards))
     if "evaluate" in stages:
         rows["elsewhere"] = elsewhere.texts(settings, data_dir)
 

@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""Shared fixtures, and what several tests start from."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,29 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side: before torch is imported
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# A whole run of pocket in seconds; what comes after it counts.
+TINY = [
+    f"--set={item}"
+    for item in (
+        "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=2",
+        "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
+        "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
+        "evaluation.bootstrap=50", "evaluation.elsewhere=3",
+    )
+]  # fmt: skip
+
+
+def moved(model, spread: float = 0.05, seed: int = 0):
+    """The model with LoRA's B matrices off 0, where the adapter does nothing and A cannot learn."""
+    import torch
+
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=spread)
+    return model
 
 
 @pytest.fixture(scope="session")

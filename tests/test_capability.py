@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import moved
 from datasets import Dataset
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -51,10 +52,7 @@ def build(tmp_path):
     ):
         model, tokenizer = models.load(settings, say=lambda line: None)
         model = models.add_lora(model, settings, 0) if base is None else base(tokenizer)
-        torch.manual_seed(0)
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(p, std=0.02)
+        moved(model, 0.02)
         fields = {
             "output_dir": str(tmp_path / folder), "max_steps": steps, "learning_rate": 1e-3,
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,

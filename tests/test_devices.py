@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import moved
 from elsewhere_device import DEVICE, Far, elsewhere
 
 from bbkit import config, models
@@ -17,11 +18,7 @@ REPLY = "<reasoning>It is a virus.</reasoning><answer>a virus</answer>"
 def fresh():
     settings = config.load("pocket", None, ["model.lora_rank=2"]).model
     model, tokenizer = models.load(settings, say=lambda line: None)
-    model = models.add_lora(model, settings, 0)
-    for name, p in model.named_parameters():
-        if ".lora_B." in name:
-            p.data.normal_(0, 0.05)
-    return model, tokenizer
+    return moved(models.add_lora(model, settings, 0)), tokenizer
 
 
 @pytest.fixture()

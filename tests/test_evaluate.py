@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import moved
 
 from bbkit import config, evaluate, models, prompts
 from bbkit.data import instructions, questions
@@ -83,9 +84,7 @@ def test_divergence_is_zero_at_the_base_and_exact_beyond_it():
     model = models.add_lora(model, config.load("pocket").model, 0).train()
     replies = [prompts.completion(e) for e in ROWS[:6]]
     assert max(map(abs, generation.divergence(model, tokenizer, ROWS[:6], replies))) < 1e-6
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    moved(model)
     found = generation.divergence(model, tokenizer, ROWS[:6], replies)
     assert model.training and min(found) > 1e-3
     alone = generation.divergence(model, tokenizer, ROWS[3:4], replies[3:4])

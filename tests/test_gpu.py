@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import moved
 from torch.nn.functional import cosine_similarity
 
 from bbkit import config, gradients, models
@@ -111,14 +112,6 @@ def words(out: Path, keys: list[str]) -> list[str]:
     return ["--preset", "pocket", "--offline", "--out", str(out), *(f"--set={k}" for k in keys)]
 
 
-def away(model, spread: float) -> None:
-    """Move the B matrices off 0, where the gradients of A are 0."""
-    draw = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if ".lora_B." in name:
-            p.data.copy_(spread * torch.randn(p.shape, generator=draw))
-
-
 def apart(found, wanted) -> float:
     """The relative error, the largest over rows."""
     found, wanted = found.double(), wanted.double()
@@ -161,7 +154,7 @@ def test_onepass(dtype, most, figure, folder, monkeypatch):
     """One pass against K passes, on 4 bit with LoRA and checkpointing; and what it costs over K."""
     settings, model, _ = in_shape("0.5B", folder, f"model.dtype={dtype}")
     assert settings.model.gradient_checkpointing and settings.model.quantization == "nf4"
-    away(model, 0.02)
+    moved(model, 0.02)
     count, tokens = (4, 32) if TINY else (8, 512)
     ids, shares = variants.random_batch(model, count, tokens, 3)
 
@@ -335,7 +328,7 @@ def test_shape7(figure, folder, tmp_path):
 def test_export(figure, folder):
     """Merging the 7B shape on the CPU asks little of the card."""
     _, model, _ = in_shape("7B", folder)
-    away(model, 0.02)
+    moved(model, 0.02)
     before, began = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0, gpu.now()
     found: list = []
     peak = timing.peak_of(lambda: found.append(models.merge(model, torch.bfloat16)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -19,9 +20,7 @@ def tiny(seed=0, rank=4, dropout=0.0, checkpointing=None, targets="all-linear"):
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 31}
     lora = LoraConfig(r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+    moved(model, 0.3, seed)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
@@ -116,10 +115,7 @@ def test_one_pass_in_bfloat16():
 def test_one_pass_under_nf4():
     chosen = config.load("pocket", None, ["model.quantization=nf4", "model.lora_rank=8"]).model
     base, _ = models.load(chosen, say=lambda line: None)
-    model = models.add_lora(base, chosen, 0).train()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    model = moved(models.add_lora(base, chosen, 0)).train()
     data, weights = [batch(0, 3, vocabulary=4000, length=20)], [torch.randn(3, 4)]
     found = one_pass(model, data, weights).gradients
     assert error(found, separate(model, data, weights)) <= 1e-5

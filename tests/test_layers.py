@@ -4,6 +4,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_an_import_that_goes_back_is_found(tmp_path, file):
         module.write(f"\n\ndef back():\n    from {BACK[file]}\n")
     done = lint(tmp_path)
     assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout
+
+
+def test_a_wheel_has_every_room():
+    """An editable install, as CI's, finds what is listed nowhere."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {path.parent.relative_to(ROOT).parts for path in (ROOT / "bbkit").rglob("*.py")}
+    assert {".".join(parts) for parts in rooms} <= {*listed}
 
 
 def test_bbkit_is_small():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import moved
 from safetensors.torch import load_file, save_file
 
 from bbkit import CannotRun, InputError, models
@@ -104,16 +105,6 @@ def batch_of(tokenizer):
         ["cholera is caused by Vibrio cholerae.", "causes"], padding=True, return_tensors="pt"
     )
     return {**ids, "labels": ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)}
-
-
-def randomize(model, seed=1):
-    """Give LoRA's B matrices values, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
 
 
 def lora_gradient(model, batch):
@@ -508,7 +499,7 @@ def test_unsloth_gets_every_setting(fake_unsloth, tiny, tmp_path):
     asked = fake_unsloth.pop("lora")
     assert asked["random_state"] == 7 and asked["r"] == 4 and asked["lora_alpha"] == 8
     assert asked["target_modules"] == sorted(setup.lora_targets)
-    models.save_adapter(randomize(model), tmp_path)
+    models.save_adapter(moved(model), tmp_path)
     again = models.load_adapter(models.load(setup, quiet)[0], tmp_path)
     assert fake_unsloth["lora"]["target_modules"] == asked["target_modules"]
     assert same_lora(model, again)
@@ -584,8 +575,8 @@ def test_lora_gradients_after_a_generation(tiny, avx512_bf16, mended, dtype):
     """Against a dequantised copy; without the mend they are wrong, so the check can fail."""
     setup = settings(tiny, quantization="nf4", dtype=dtype)
     base, tokenizer = models.load(setup, quiet)
-    truth = randomize(models.add_lora(models.merge(base, getattr(torch, dtype)), setup, 0))
-    model = randomize(models.add_lora(base, setup, 0))
+    truth = moved(models.add_lora(models.merge(base, getattr(torch, dtype)), setup, 0))
+    model = moved(models.add_lora(base, setup, 0))
     assert same_lora(model, truth)
     for layer in four_bit(model):
         layer.support_avx512bf16_for_cpu = not mended
@@ -661,7 +652,7 @@ def test_a_trainer_leaves_lora_weights_in_float32(tiny, tmp_path, kept):
 
     setup = settings(tiny, quantization="nf4")
     base, tokenizer = models.load(setup, quiet)
-    model = randomize(models.add_lora(base, setup, 0))
+    model = moved(models.add_lora(base, setup, 0))
     before = lora_of(model)
     config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     rows = Dataset.from_list([{"prompt": PROMPT, "completion": PROMPT}])
@@ -682,7 +673,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, tiny):
     for checkpointing in (False, True):
         model = copy.deepcopy(base[0])
         model.bbkit_settings = settings(tiny, gradient_checkpointing=checkpointing)
-        model = randomize(models.add_lora(model, model.bbkit_settings, 0))
+        model = moved(models.add_lora(model, model.bbkit_settings, 0))
         assert model.is_gradient_checkpointing == checkpointing
         found.append(lora_gradient(model, batch))
     assert torch.allclose(*found, atol=1e-6)
@@ -691,7 +682,7 @@ def test_gradient_checkpointing_changes_no_gradient(base, tiny):
 @pytest.fixture
 def adapter(base, tiny, tmp_path):
     """A model with a random adapter, and the folder that it was saved to."""
-    model = randomize(models.add_lora(copy.deepcopy(base[0]), settings(tiny), 0))
+    model = moved(models.add_lora(copy.deepcopy(base[0]), settings(tiny), 0))
     return model, models.save_adapter(model, tmp_path / "adapter")
 
 
@@ -787,7 +778,7 @@ def test_another_scale_is_refused_where_matrices_are_there_already(adapter, fres
 def test_merge_is_a_plain_model_that_says_the_same(tiny, tmp_path, quantization):
     setup = settings(tiny, quantization=quantization)
     base, tokenizer = models.load(setup, quiet)
-    model = randomize(models.add_lora(base, setup, 0))
+    model = moved(models.add_lora(base, setup, 0))
     before, lora = logits(model, tokenizer), lora_of(model)
     plain = models.merge(model)
     assert torch.allclose(logits(plain, tokenizer), before, atol=1e-4)
@@ -880,7 +871,7 @@ def test_smollm2_from_its_gguf_file():
     )
     reply = model.generate(**asked, max_new_tokens=64)[0, asked["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(reply) and reply[-1] == tokenizer.eos_token_id  # it ends
-    model = randomize(models.add_lora(model, setup, 0))
+    model = moved(models.add_lora(model, setup, 0))
     model.eval()
     with torch.no_grad():
         model.generate(**asked, max_new_tokens=2)
@@ -888,7 +879,7 @@ def test_smollm2_from_its_gguf_file():
     gradient = lora_gradient(model, batch)
     del model
     gc.collect()
-    truth = lora_gradient(randomize(models.add_lora(truth, setup, 0)), batch)
+    truth = lora_gradient(moved(models.add_lora(truth, setup, 0)), batch)
     likeness = cosine(gradient, truth)
     print(f"cosine of the LoRA gradients to a dequantised copy: {likeness:.6f}")
     assert likeness >= 0.9999

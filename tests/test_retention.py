@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import moved
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
@@ -36,16 +37,6 @@ def known():
     """Replies of the base, by the base."""
     model, tokenizer = models.load(config.load("pocket").model, say=lambda line: None)
     return replies.answered(model, tokenizer, [messages(e) for e in GENERAL], 12)
-
-
-def moved(model, size=0.05):
-    """The model a bit away from its base."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".lora_B." in name:
-                p.copy_(size * torch.randn(p.shape, generator=draw))
-    return model
 
 
 def rows(known):

@@ -43,7 +43,7 @@ def kept(*items: str) -> list[str]:
     return ["--preset", "pocket", *(f"--set={item}" for item in items)]
 
 
-# Python forced out of UTF-8, as under cron or in a bare container.
+# Python forced out of UTF-8; LC_ALL=C alone does not: it reads UTF-8 under that by itself.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 

@@ -107,14 +107,12 @@ def _from_hub(card_name: str, source: dict, revision: str | None) -> list[tuple[
             f"{card_name}: cannot load {place} through datasets ({why}); "
             "connect, or name a folder of the upstream files with --data-dir"
         ) from error
-    if isinstance(
-        rows, dict
-    ):  # all splits of a Hub id of one's own: a column, where it has several
-        marks = {part: {"split": part} if len(rows) > 1 else {} for part in rows}
+    if isinstance(rows, dict):  # all splits of a Hub id of one's own: a column, where several
+        several = len(rows) > 1
         return [
-            (f"{place} {part} row {i}", {**row, **mark})
-            for part, mark in marks.items()
-            for i, row in enumerate(rows[part], 1)
+            (f"{place} {part} row {i}", row | {"split": part} if several else row)
+            for part, some in rows.items()
+            for i, row in enumerate(some, 1)
         ]
     return [(f"{place} row {i}", row) for i, row in enumerate(rows, 1)]
 
@@ -265,17 +263,19 @@ def checksums(card_name: str, split: str, data_dir: str | Path | None = None) ->
     >>> checksums("medmcqa", "validation")["openlifescienceai/medmcqa"][:8]
     '91c6572c'
     """
-    if own.is_own(card_name):
-        return own.checksums(card_name)
     if card_name in GENERATED:
         rows = repr(load(card_name, split))
         return {f"{card_name}/{split}": hashlib.sha256(rows.encode()).hexdigest()}
+    splits = [split]
+    if own.is_own(card_name):  # all that is there: any of it may be trained on or evaluated
+        data_dir = own.folder(card_name)
+        splits = [part for part in card(card_name)["splits"] if there(card_name, part, data_dir)]
     if data_dir is None:
-        pins = {
-            s.get("data_files", s["path"]): s["revision"] for s in _split(card_name, split)["hub"]
-        }
+        hub = [s for part in splits for s in _split(card_name, part)["hub"]]
+        pins = {s.get("data_files", s["path"]): s["revision"] for s in hub}
         return {s.format(revision=pin or "HEAD"): pin or "unpinned" for s, pin in pins.items()}
-    files = [file["path"] for file in _chosen(card_name, split, data_dir)["files"]]
+    chosen = (_chosen(card_name, part, data_dir)["files"] for part in splits)
+    files = dict.fromkeys(file["path"] for some in chosen for file in some)
     return {f: hashlib.sha256((Path(data_dir) / f).read_bytes()).hexdigest() for f in files}
 
 

@@ -16,8 +16,10 @@ from typing import Any
 from bbkit import InputError
 
 
-def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:
-    """(place, row) pairs of a "jsonl", "json" or "csv" file. InputError: cut short or broken.
+def parse(name: str, data: bytes, layout: str, mark: str = ",") -> list[tuple[str, Any]]:
+    """(place, row) pairs of a "jsonl", "json" or "csv" file, whose cells `mark` parts.
+
+    InputError: cut short or broken.
 
     >>> parse("rows.jsonl", b'{"id": 1}', "jsonl")
     [('rows.jsonl line 1', {'id': 1})]
@@ -32,7 +34,7 @@ def parse(name: str, data: bytes, layout: str) -> list[tuple[str, Any]]:
                     rows.append((f"{name} line {number}", json.loads(line)))
             return rows
         if layout == "csv":
-            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
             subject = PurePosixPath(name).stem.removesuffix("_test")
             for cells in reader:
                 if cells:

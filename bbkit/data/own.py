@@ -14,12 +14,11 @@ from pathlib import Path
 from bbkit import InputError, prompts
 from bbkit.config import Columns, Data
 from bbkit.data import tables
+from bbkit.data.knowledge import SPLITS
 from bbkit.data.layouts import normal
 from bbkit.data.tables import TABLES, Row
 from bbkit.machine.files import yaml_value
 from bbkit.prompts import Example
-
-SIDES = ("train", "validation", "test")
 
 
 def is_own(name: str) -> bool:
@@ -57,7 +56,7 @@ def card(name: str) -> dict:
         source = {"files": [], "hub": [{"path": hub, "revision": revision or None}]}
     else:
         raise InputError(f"{name}: not of a kind that is read; save it as {', '.join(TABLES)}")
-    return front | {"splits": {side: {"role": side, "rows": None, **source} for side in SIDES}}
+    return front | {"splits": {side: {"role": side, "rows": None, **source} for side in SPLITS}}
 
 
 def _card_file(path: Path) -> dict:
@@ -68,7 +67,7 @@ def _card_file(path: Path) -> dict:
             entry = {"rows": None, "hub": None, "files": [], **entry}
             entry["files"] = [{"sha256": None, **file} for file in entry["files"]]
             kinds = {Path(file["path"]).suffix.lower() for file in entry["files"]}
-            if entry["role"] not in SIDES or not kinds <= {*TABLES} or not (kinds or entry["hub"]):
+            if entry["role"] not in SPLITS or not kinds or not kinds <= {*TABLES}:
                 raise ValueError(f"split {split}")
             front["splits"][split] = entry
     except OSError as error:
@@ -76,19 +75,8 @@ def _card_file(path: Path) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:120]
         said = f"{path}: not a data card ({why}); each of its splits needs a role"
-        raise InputError(f"{said} ({', '.join(SIDES)}) and files or hub") from error
+        raise InputError(f"{said} ({', '.join(SPLITS)}) and files") from error
     return front
-
-
-def checksums(name: str) -> dict[str, str]:
-    """sha256 of every file behind a path, or the revision of every Hub source."""
-    sums = {}
-    for entry in card(name)["splits"].values():
-        for file in entry["files"]:
-            data = (Path(name).parent / file["path"]).read_bytes()
-            sums[file["path"]] = hashlib.sha256(data).hexdigest()
-        sums |= {s["path"]: s["revision"] or "unpinned" for s in entry["hub"] or ()}
-    return sums
 
 
 def halved(name: str, cards: Data) -> bool:
@@ -112,7 +100,7 @@ def side(question: str) -> str:
 
 
 def _key(question: str) -> str:
-    return "".join(normal(question).split()).rstrip(" .:?!")
+    return "".join(normal(question).split()).rstrip(".:?!")
 
 
 def refuse_shared(train: Iterable[Example], held_out: Iterable[Example]) -> None:
@@ -136,18 +124,12 @@ def examples(
         columns, whole = Columns(**card(name).get("columns", vars(columns)) | {"split": ""}), True
     if not found:
         raise InputError(f"{name}: no rows; its first line names the columns, the others are rows")
-    named, drafts, sides = _named(name, found, columns), [], []
+    named, drafts = _named(name, found, columns), []
     places: dict[str, str] = {}
     for place, row in found:
         try:
             drafts.append((place, _draft(name, place, row, named)))
             e = drafts[-1][1]
-            given = "split" in named
-            sides.append(
-                tables.text(row.get(named["split"][0])).lower() if given else side(e.question)
-            )
-            if sides[-1] not in SIDES:
-                raise ValueError(f"its split is {sides[-1]!r}; use {', '.join(SIDES)}")
             if twin := places.get(e.id):
                 raise ValueError(f"its id {e.id!r} is that of {twin} too; give each row its own")
         except ValueError as error:
@@ -163,7 +145,7 @@ def examples(
         except ValueError as error:
             raise InputError(f"{place}: {error}") from None
     free = whole and "split" not in named
-    kept = [e for e, told in zip(made, sides, strict=True) if free or told == split]
+    kept = [e for e in made if free or e.split == split]
     if not kept:
         how = "its column says" if "split" in named else "a hash of the question says, 80/10/10"
         mend = "add rows, or name another file for this"
@@ -202,11 +184,14 @@ def _draft(name: str, place: str, row: Mapping, named: Mapping[str, list[str]]) 
     for field in ("question", "answer", "id"):
         if not one.get(field, place):
             raise ValueError(f"its {named[field][0]} is empty; fill it, or delete the row")
+    part = one["split"].lower() if "split" in one else side(one["question"])
+    if part not in SPLITS:
+        raise ValueError(f"its split is {part!r}; use {', '.join(SPLITS)}")
     options = tables.options(row, named["options"]) if "options" in named else ()
     return Example(
         id=one.get("id", place), task="choice" if options else "short", question=one["question"],
         options=options, answer=one["answer"], reasoning=one.get("reasoning", ""),
-        entity=one.get("id", place), source=name,
+        entity=one.get("id", place), source=name, split=part,
     )  # fmt: skip
 
 

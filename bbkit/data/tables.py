@@ -4,7 +4,6 @@ Files come as spreadsheets write them, with a byte order mark, semicolons, CRLF,
 the ends; what is broken is named by line, with the mend.
 """
 
-import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -35,49 +34,37 @@ def rows(name: str, data: bytes) -> list[Row]:
             raise InputError(f"{name}: not readable as parquet ({error}); save it again") from None
         return [(f"{name} row {i}", row) for i, row in enumerate(found, 1)]
     try:
-        text = data.decode("utf-8-sig")
+        data.decode()
     except UnicodeDecodeError as error:
         line, mend = data.count(b"\n", 0, error.start) + 1, "save it as UTF-8 (Excel: CSV UTF-8)"
         raise InputError(f"{name} line {line}: not UTF-8; {mend}") from None
-    if suffix in (".csv", ".tsv"):
-        return _table(name, text)
-    found = parse(name, text.encode(), suffix[1:])
+    if suffix in (".csv", ".tsv"):  # parted by what the first line has most of
+        mark = max(",;\t", key=data.partition(b"\n")[0].decode(errors="replace").count)
+        return _table(parse(name, data, "csv", mark), mark)
+    found = parse(name, data, suffix[1:])
     if bad := [place for place, row in found if not isinstance(row, dict)]:
         raise InputError(f'{bad[0]}: not a row; write {{"question": …, "answer": …}}')
     return found
 
 
-def _table(name: str, text: str) -> list[Row]:
-    """Rows of a CSV text, parted by what its first line has most of: comma, semicolon or tab."""
-    head = text.partition("\n")[0]
-    mark = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+def _table(lines: Sequence[tuple[str, Any]], mark: str) -> list[Row]:
+    """Rows by the columns of the first line."""
     found: list[Row] = []
     header: list[str] = []
-    line = 1  # on which the row begins
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not header:
-                header = [" ".join(cell.split()) for cell in cells]  # some have line breaks
-                while header and not header[-1]:
-                    header.pop()
-                if twice := {cell for cell in header if cell and header.count(cell) > 1}:
-                    raise ValueError(f"two columns are called {min(twice)!r}; rename one")
-            elif len(cells) < len(header) or any(cells[len(header) :]):
-                if any(cells):
-                    of = f"{len(cells)} cells, the first line {len(header)}"
-                    raise ValueError(
-                        f'it has {of}; a text with {mark!r} or a line break goes into "…"'
-                    )
-            elif any(cells):
-                found.append((f"{name} line {line}", dict(zip(header, cells, strict=False))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        said = 'inside "…" a " is written twice, and a closing one must not be missing'
-        raise InputError(f"{name} line {line}: not readable as CSV ({error}); {said}") from None
-    except ValueError as error:
-        raise InputError(f"{name} line {line}: {error}") from None
+    for place, row in lines:
+        cells = [cell.strip() for cell in row["cells"]]
+        if not header:
+            header = [" ".join(cell.split()) for cell in cells]  # some have line breaks
+            while header and not header[-1]:
+                header.pop()
+            if twice := {cell for cell in header if cell and header.count(cell) > 1}:
+                raise InputError(f"{place}: two columns are called {min(twice)!r}; rename one")
+        elif any(cells):
+            if len(cells) < len(header) or any(cells[len(header) :]):
+                of = f"{len(cells)} cells, the first line {len(header)}"
+                mend = f'a text with {mark!r} or a line break goes into "…"'
+                raise InputError(f"{place}: it has {of}; {mend}")
+            found.append((place, dict(zip(header, cells, strict=False))))
     return found
 
 

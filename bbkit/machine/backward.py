@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 HOLDERS = (nn.ParameterDict, nn.ParameterList)  # without a forward: their parent's is watched
 
@@ -66,30 +67,14 @@ class _Whole(torch.autograd.Function):
             return torch.autograd.grad(out, own, slope, retain_graph=True, allow_unused=True)
 
         grads: tuple = (None,) * len(own)
-        if len(delta) != len(
-            advantages
-        ):  # sequences packed, or one row for all: not to be told apart
-            grads = back(delta)
-        else:
-            shape = (-1, *[1] * (delta.dim() - 1))
-            for row, column in enumerate(advantages.T):
-                for name, part in zip(
-                    ctx.names, back(delta * column.to(delta).view(shape)), strict=True
-                ):
-                    if part is not None:
-                        ctx.capture.add(name, row, part)
+        if len(delta) != len(advantages):  # packed, or one row for all: not to be told apart
+            grads, advantages = back(delta), advantages[:, :0]
+        for row, column in enumerate(advantages.T):
+            weighed = delta * column.to(delta).view(-1, *[1] * (delta.dim() - 1))
+            for name, part in zip(ctx.names, back(weighed), strict=True):
+                if part is not None:
+                    ctx.capture.add(name, row, part)
         return delta, None, None, None, *grads, *(None for _ in inputs)
-
-
-def _random(device: torch.device, state: list[Tensor] | None = None) -> list[Tensor]:
-    """States of the random numbers that a module may draw from; `state` is set, where given."""
-    found = [torch.get_rng_state()]
-    found += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-    return found
 
 
 def _linear(module: Any, capture: Any, names: dict[int, str], running: list) -> Callable:
@@ -123,25 +108,28 @@ def _whole(given: Callable, capture: Any, places: dict[str, tuple], running: lis
             return given(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         where = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
-        drawn, cast = _random(device), torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type)
+        cast, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        drawn, (gpus, theirs) = torch.get_rng_state(), get_device_states(own[0])
+
+        def redraw():
+            torch.set_rng_state(drawn)
+            set_device_states(gpus, theirs)
 
         def again(parameters, inputs):
             known = list(flat)
             for i, value in zip(where, inputs, strict=True):
                 known[i] = value.detach()
-            now = _random(device, drawn)
             running.append(given)
             try:
-                with torch.autocast(device.type, dtype, enabled=cast):
+                with torch.random.fork_rng(gpus), torch.autocast(device.type, dtype, enabled=cast):
+                    redraw()
                     return called(parameters, *tree_unflatten(known, spec))
             finally:
                 running.pop()
-                _random(device, now)
 
         out = called([p.detach() for p in own], args, kwargs)
         if not isinstance(out, Tensor):  # its gradients reach `.grad`, and count as missed
-            _random(device, drawn)
+            redraw()
             return given(*args, **kwargs)
         return _Whole.apply(out, capture, again, tuple(places), *own, *(flat[i] for i in where))
 
@@ -169,8 +157,9 @@ def watch(model: nn.Module, capture: Any) -> Iterator[Any]:
                 for h in held for key, p in h._parameters.items() if id(p) in names
             }  # fmt: skip
             if places:
-                plain = type(module) is nn.Linear
-                seen: Any = _linear(module, capture, names, running) if plain else None
-                module.forward = seen or _whole(module.forward, capture, places, running)
+                shown: Any = _whole(module.forward, capture, places, running)
+                if type(module) is nn.Linear:
+                    shown = _linear(module, capture, names, running)
+                module.forward = shown
                 undo.callback(delattr, module, "forward")
         yield capture

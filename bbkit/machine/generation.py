@@ -4,7 +4,7 @@ Serves every claim: what is measured is what is made here.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from bbkit import prompts
@@ -154,12 +154,14 @@ def divergence(
     return found
 
 
-def beside_base(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> Iterator:
+def beside_base(
+    model, tokenizer, rows: Sequence[tuple[Sequence[int], int]], base_only: bool = False
+) -> Iterator:
     """Of each row of tokens its place, and what the model and its base give along the reply.
 
     `rows` hold the tokens of prompt and reply, and how many are the prompt's, at least one. Both
-    are log-probabilities (tokens of the reply, vocabulary) in nats. `model` is a PEFT model in
-    any mode; the base is the same model with its adapter off.
+    are log-probabilities (tokens of the reply, vocabulary) in nats; `base_only` leaves out the
+    model's. `model` is a PEFT model in any mode; the base is it with its adapter off.
     """
     import torch
 
@@ -167,10 +169,10 @@ def beside_base(model, tokenizer, rows: Sequence[tuple[list[int], int]]) -> Iter
         for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
             first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
             inputs = {"attention_mask": mask, "logits_to_keep": ids.shape[1] - first}
-            with torch.no_grad():
-                ours = model(ids, **inputs).logits
-                with model.disable_adapter():
-                    bases = model(ids, **inputs).logits
+            told = []
+            for adapter in (nullcontext, model.disable_adapter)[base_only:]:
+                with torch.no_grad(), adapter():
+                    told.append(model(ids, **inputs).logits)
             for row, i in enumerate(chosen):
                 reply = slice(rows[i][1] - 1 - first, len(rows[i][0]) - 1 - first)
-                yield i, *(logits[row, reply].float().log_softmax(-1) for logits in (ours, bases))
+                yield i, *(logits[row, reply].float().log_softmax(-1) for logits in told)

@@ -7,9 +7,8 @@ judge. Here a reasoning is worth as much as it raises the base's likelihood of t
 import math
 from collections.abc import Sequence
 
-import torch
-
 from bbkit import prompts
+from bbkit.machine import generation
 from bbkit.prompts import Example
 
 
@@ -53,16 +52,8 @@ def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[tuple[int, ...
 def _likelihoods(model, tokenizer, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
     """Mean log-likelihood, in nats a token, of what follows each row's start, under the base."""
     found = [0.0] * len(rows)
-    was_training = model.training
-    model.eval()
-    for chosen, ids, mask in prompts.batches([r for r, _ in rows], tokenizer, model):
-        first = min(rows[i][1] for i in chosen)  # of the answers' tokens
-        kept = ids.shape[1] - first
-        with torch.no_grad(), model.disable_adapter():
-            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept + 1).logits
-        told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
-        for row, i in enumerate(chosen):
-            whole, start = rows[i]
-            found[i] = told[row, start - first : len(whole) - first].mean().item()
-    model.train(was_training)
+    for i, base in generation.beside_base(model, tokenizer, rows, base_only=True):
+        whole, start = rows[i]
+        answer = base.new_tensor(whole[start:]).long()[:, None]
+        found[i] = base.gather(-1, answer).mean().item()
     return found

@@ -4,7 +4,8 @@ Serves no claim. All are Okabe and Ito's, safe for the colour-blind; the kit's r
 a user's take what is left.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from bbkit.machine import functions
@@ -23,20 +24,16 @@ FURTHER = ("#56B4E9", "#F0E442", "#E69F00", "#000000", "#009E73", "#0072B2", "#D
 LINES = ("-", "--", ":", "-.")
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def looks(names: Sequence[str]) -> dict[str, dict[str, str]]:
     """Colour and line of each reward among these, as matplotlib takes them.
 
     >>> looks(["domain", "brevity"])["brevity"]
     {'color': '#56B4E9', 'ls': '-'}
     """
-    found, own = {}, 0
     free = [c for c in FURTHER if all(COLORS.get(name) != c for name in names)]
-    for name in names:
-        line, place = divmod(own, len(free))
-        own += name not in COLORS
-        chosen = (COLORS[name], "-") if name in COLORS else (free[place], LINES[line % len(LINES)])
-        found[name] = dict(zip(("color", "ls"), chosen, strict=True))
-    return found
+    own = cycle((color, line) for line in LINES for color in free)
+    chosen = {name: (COLORS[name], "-") if name in COLORS else next(own) for name in names}
+    return {name: {"color": color, "ls": line} for name, (color, line) in chosen.items()}
 
 
 def rewards_of(folder: Path) -> tuple[str, ...]:

@@ -15,10 +15,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bbkit.machine.files import read_json, read_rows, write_bytes
-from bbkit.runs.looks import COLORS as COLORS  # this and the next two were always here
-from bbkit.runs.looks import color as color
-from bbkit.runs.looks import looks as looks
-from bbkit.runs.looks import rewards_of
+from bbkit.runs.looks import COLORS, looks, rewards_of
+from bbkit.runs.looks import color as color  # the notebooks' name for it
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -94,7 +94,3 @@ def _with_unsloth(words: list[str], ours: list[dict]) -> list[dict]:
             shape = f"K {a['capabilities']}, rank {a['rank']}, {a['variant']}"
             print(f"step by unsloth / by transformers, {shape}: {a['seconds'] / b['seconds']:.3f}")
     return rows
-
-
-if __name__ == "__main__":
-    sys.exit(main())

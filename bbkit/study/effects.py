@@ -16,7 +16,6 @@ from bbkit.runs import elsewhere, measures, statistics
 from bbkit.study import recorded
 from bbkit.study.recorded import Rows
 
-# Settings of GRPO under which gradients were probed; the noise of others is not known.
 NAMES = {
     "domain": "domain",
     "domain_lenient": "leniently",
@@ -28,6 +27,7 @@ NAMES = {
     "hypervolume": "hypervolume",
     "equal_kl": "general, at equal KL",  # known of differences between arms alone
 }
+# Settings of GRPO under which gradients were probed; the noise of others is not known.
 PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
 KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws

@@ -7,7 +7,6 @@ same state and on the same completions. What a first-order promise is worth is c
 
 import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -268,7 +267,3 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
         }
         for name, found in seen.items()
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from bbkit.runs.plots import captioned, color, new_figure, percent
+from bbkit.runs.looks import color
+from bbkit.runs.plots import captioned, new_figure, percent
 from bbkit.study import effects
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 from bbkit import prompts
 from bbkit.prompts import TAGS, Example
 from bbkit.rewards import REWARDS
-from bbkit.runs.plots import color, looks
+from bbkit.runs.looks import color, looks
 
 Hack = tuple[str, str, dict[str, float | None]]  # name, reply, expected score of each reward
 

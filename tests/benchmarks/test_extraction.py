@@ -1,9 +1,7 @@
 """The letter that a reply commits to: plain forms, traps without any letter, speed."""
 
 import json
-import os
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -184,12 +182,11 @@ def test_an_explanation_that_names_an_option_names_the_right_one(data_dir):
 
 
 @pytest.mark.parametrize("name", ["medqa", "mmlu"])
-def test_chain_of_thought_replies_are_read_as_recorded_or_not_at_all(name):
+def test_chain_of_thought_replies_are_read_as_recorded_or_not_at_all(name, data_dir):
     """GPT-3.5's replies: the record falls back on the first letter, or A, where none is given."""
-    folder = os.environ.get("BBKIT_DATA_DIR")
-    path = Path(folder or "", "answers", f"{name}__cot__gpt-35-turbo-16k.jsonl")
-    if not folder or not path.exists():
-        pytest.skip(f"no {path.name}: set BBKIT_DATA_DIR to a folder with answers/")
+    path = data_dir / "answers" / f"{name}__cot__gpt-35-turbo-16k.jsonl"
+    if not path.exists():
+        pytest.skip(f"no answers/{path.name} in the folder of upstream data")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     ours = [extract_choice(row["response"]) for row in rows]
     read = [(o, r) for o, r in zip(ours, rows, strict=True) if o is not None]

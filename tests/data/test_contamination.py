@@ -55,7 +55,7 @@ def test_the_strictest_kind_counts_and_twelve_words_do_not():
 
 @pytest.mark.parametrize("pair", contamination.pairs()[1], ids="/".join)
 def test_no_card_is_older_than_its_sources(pair):
-    card = data.path_of(pair[0]).read_text()
+    card = catalogue.path_of(pair[0]).read_text()
     told = re.findall(r"`python -m bbkit.data.contamination`; sources (\w+)\.", card)
     mend = "stale: python -m bbkit.data.contamination --data-dir DIR --write"
     assert contamination.fingerprint(pair) in told, mend
@@ -63,7 +63,7 @@ def test_no_card_is_older_than_its_sources(pair):
 
 def test_command_writes_the_card_once_and_refuses_broken_files(tmp_path, monkeypatch, capsys):
     card = tmp_path / "constraints.md"
-    card.write_text(data.path_of("constraints").read_text())
+    card.write_text(catalogue.path_of("constraints").read_text())
     monkeypatch.setattr(catalogue, "path_of", lambda name: card)
     sources = [("ontology_chains", "train")]
     monkeypatch.setattr(contamination, "pairs", lambda: (sources, [("constraints", "test")]))

@@ -160,7 +160,7 @@ BROKEN = {
     ),
     "a quote that is not closed": (
         written(invented(3)) + b'3,"Who?,a,b,c,d,A,so\n',
-        "line 5: not readable as CSV (unexpected end of data)",
+        "line 5: not readable as csv (unexpected end of data)",
     ),
     "latin-1": (
         written(invented(3)) + "3,Größe?,a,b,c,d,A,so\n".encode("latin-1"),
@@ -352,7 +352,7 @@ def test_a_file_is_parted_by_its_questions(tmp_path):
     path = file(
         tmp_path, written([*rows, *([f"again {r[0]}", r[1].upper(), *r[2:]] for r in rows)])
     )
-    parts = {split: of(path, split) for split in own.SIDES}
+    parts = {split: of(path, split) for split in own.SPLITS}
     asked = {split: {own._key(e.question) for e in found} for split, found in parts.items()}
     assert sum(map(len, parts.values())) == 1200 and sum(map(len, asked.values())) == 600
     assert [len(found) / 12 for found in parts.values()] == pytest.approx([80, 10, 10], abs=4)
@@ -366,7 +366,7 @@ def test_a_column_says_what_trains(tmp_path):
     sides = ["train", "Test", "validation", "train"]
     rows = [[*r, side] for r, side in zip(invented(4), sides, strict=True)]
     path = file(tmp_path, written(rows, [*HEADER, "split"]))
-    assert [[e.id for e in of(path, s, whole=True)] for s in own.SIDES] == [
+    assert [[e.id for e in of(path, s, whole=True)] for s in own.SPLITS] == [
         ["0", "3"],
         ["2"],
         ["1"],
@@ -477,7 +477,7 @@ def test_a_hub_id_with_columns_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", stored)
     name = "owner/name@0123"
-    assert sum(len(of(name, split)) for split in own.SIDES) == 40  # one split: by the hash
+    assert sum(len(of(name, split)) for split in own.SPLITS) == 40  # one split: by the hash
     assert calls[0] == {"path": "owner/name", "revision": "0123"}
     made["test"] = datasets.Dataset.from_list([{**row, "nr": f"t{row['nr']}"} for row in rows[:3]])
     assert [e.id for e in of(name, "test")] == ["t0", "t1", "t2"] and len(of(name)) == 40

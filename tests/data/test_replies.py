@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import moved
 from datasets import Dataset
 from transformers import GenerationConfig
 
@@ -27,17 +28,9 @@ def pocket():
     return models.add_lora(model, settings, 0)
 
 
-def shift(model):
-    """Move the adapter far enough for other replies."""
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.2)
-
-
 def test_answers_are_the_base_s_greedy_ones_and_nothing_of_the_model_changes(pocket, tokenizer):
     expected = generation.generate(pocket, tokenizer, GENERAL, 8, 2000)
-    shift(pocket)
+    moved(pocket, 0.2, seed=1)
     assert generation.generate(pocket, tokenizer, GENERAL, 8, 2000) != expected
     # As a trainer and a model of the Hub leave it.
     inner = pocket.get_base_model()

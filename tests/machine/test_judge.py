@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import moved
 
 from bbkit import config, grpo, models, prompts
 from bbkit.data import instructions, questions
@@ -18,12 +19,7 @@ def pocket():
     """The shipped model with an adapter that changes what it says."""
     settings = config.load("pocket")
     model, tokenizer = models.load(settings.model, say=lambda line: None)
-    model = models.add_lora(model, settings.model, 0)
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return model, tokenizer
+    return moved(models.add_lora(model, settings.model, 0)), tokenizer
 
 
 def gain(base, tokenizer, example, reply) -> float:

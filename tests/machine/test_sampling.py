@@ -4,8 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import moved
 from datasets import Dataset
-from torch import nn
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -22,12 +22,7 @@ def made():
     """The pocket model with LoRA weights of its own, and its tokenizer."""
     settings = config.load("pocket", None, ["model.lora_rank=4"]).model
     model, tokenizer = models.load(settings, say=lambda line: None)
-    model = models.add_lora(model, settings, 0)
-    torch.manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.02)
-    return model, tokenizer
+    return moved(models.add_lora(model, settings, 0), 0.02), tokenizer
 
 
 def batch(tokenizer, group):

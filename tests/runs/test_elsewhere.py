@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import TINY as SHORT
 
 from bbkit import InputError, config, data, evaluate, models, prompts, train
 from bbkit.data import corpus, instructions, knowledge
@@ -23,15 +24,7 @@ FILES = {
     "ifeval": "ifeval/input_response_data_gpt4_20231107_145030.jsonl",
     "edits": "general/instruction-data.json",
 }
-TINY = [
-    f"--set={item}"
-    for item in (
-        "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=1",
-        "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
-        "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
-        "evaluation.bootstrap=50", "evaluation.elsewhere=5", "retention.rule=none",
-    )
-]  # fmt: skip
+TINY = [*SHORT, "--set=grpo.steps=1", "--set=evaluation.elsewhere=5", "--set=retention.rule=none"]
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
+from conftest import moved
 
 from bbkit import config, models
 from bbkit.runs import export, record
@@ -17,11 +17,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     settings = config.load("pocket")
     model, _ = models.load(settings.model, say=lambda line: None)
-    model = models.add_lora(model, settings.model, 0)
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if ".lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    model = moved(models.add_lora(model, settings.model, 0))
     command = ["python", "-m", "bbkit.train"]
     with record.Run(folder, config.to_dict(settings), command) as opened:
         models.save_adapter(model, folder / "adapter")

@@ -9,21 +9,12 @@ import sys
 import time
 
 import pytest
+from conftest import TINY
 from safetensors.torch import load_file
 
 from bbkit import InputError, Unhealthy, config
 from bbkit.machine.files import read_json, read_rows
 from bbkit.study import arms, comparison, recorded, runner
-
-TINY = [
-    f"--set={item}"
-    for item in (
-        "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=2",
-        "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
-        "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
-        "evaluation.bootstrap=50", "evaluation.elsewhere=3",
-    )
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
