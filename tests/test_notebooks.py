@@ -239,9 +239,22 @@ CASES += [
 ]
 
 
+SHORTER = {  # of a look that is short already; kernels run it as it stands
+    "sft.steps=20": "sft.steps=4", "grpo.steps=6": "grpo.steps=2", "PROMPTS = 32": "PROMPTS = 8",
+    "retention.replies=64": "retention.replies=8", "questions=60": "questions=8",
+    "instructions=60": "instructions=8", "elsewhere=20": "elsewhere=4",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("path", "run"), CASES)
 def test_runs_from_top_to_bottom(path, run, tmp_path):
-    out = run(Path(shutil.copy(path, tmp_path)))
+    copy, text = tmp_path / path.name, path.read_text(encoding="utf-8")
+    if run is run_in_a_shell:
+        for old, new in SHORTER.items():
+            assert old in text or old[:3] == "PRO" or path.name[:2] not in ON_A_GPU, old
+            text = text.replace(old, new)
+    copy.write_text(text, encoding="utf-8")
+    out = run(copy)
     if path in SOLVED:
         assert "✓" in out and "✗" not in out
     else:  # an exercise left empty gives a hint, and no traceback stopped the run

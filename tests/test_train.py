@@ -227,7 +227,10 @@ def wait_for(folder: Path, stage: str, step: int, process: subprocess.Popen) -> 
 
 @pytest.mark.parametrize(
     ("moments", "how"),
-    [([("sft", 3), ("grpo", 2)], signal.SIGKILL), ([("sft", 1), ("grpo", 1)], signal.SIGTERM)],
+    [
+        ([("sft", 3), ("grpo", 2)], signal.SIGKILL),
+        pytest.param([("sft", 1), ("grpo", 1)], signal.SIGTERM, marks=pytest.mark.slow),
+    ],  # SIGTERM in both stages: test_a_step_that_takes_a_minute_is_given_up, too
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, how):
     out = tmp_path / "run"
