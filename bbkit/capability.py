@@ -5,6 +5,7 @@ one advantage and one gradient per reward, weights that a controller moves, and 
 keeps the capabilities from hurting one another. The paper gives no formulas: this is our reading.
 """
 
+import math
 import random
 import time
 from collections import defaultdict, namedtuple
@@ -283,4 +284,5 @@ class CapabilityAware(Trainer):
             self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
 
     def _note(self, name: str, value: float) -> None:
-        self._metrics["train"][name].append(value)
+        if not math.isnan(value):  # a cosine with no gradient: TRL would pass on None
+            self._metrics["train"][name].append(value)
