@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of it")
     p.add_argument("--capabilities", type=int, nargs="+", default=[2, 4, 8], metavar="K")
     p.add_argument("--rank", type=int, nargs="+", default=[8, 64], help="of the LoRA matrices")
+    p.add_argument(
+        "--trains", default="lora", choices=["lora", "dora", "all"], help="not with --retention"
+    )
     p.add_argument("--sequences", type=int, default=8, help="per micro-batch")
     p.add_argument("--tokens", type=int, default=128, help="per sequence, half of them completion")
     p.add_argument("--prompts", type=int, default=2, help="of a whole step: the kit's questions")

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+from peft import get_peft_model
 
 from bbkit import CannotRun, models
 from bbkit.machine import gpu, memory
@@ -45,10 +46,20 @@ def ratios(took: Mapping[Name, list[Seconds]], *parts: str) -> dict[Name, dict[s
     return {name: dict(zip(parts, row.tolist(), strict=True)) for name, row in medians.items()}
 
 
-def lora_model(settings):
-    """A model with its LoRA matrices, in training mode, and its tokenizer."""
+def lora_model(settings, trains: str = "lora"):
+    """A model in training mode, of which LoRA's matrices train, DoRA's too, or all weights.
+
+    With it comes its tokenizer.
+    """
     model, tokenizer = models.load(settings.model, say=lambda line: None, offline=True)
-    return models.add_lora(model, settings.model, 0).train(), tokenizer
+    if trains == "all":
+        return model.requires_grad_(True).train(), tokenizer
+    model = models.add_lora(model, settings.model, 0)
+    if trains == "dora":
+        asked: Any = model.peft_config["default"]
+        asked.use_dora = True
+        model = get_peft_model(model.unload(), asked)
+    return model.train(), tokenizer
 
 
 def ready(trainer):

@@ -37,13 +37,13 @@ def rows(args: argparse.Namespace) -> list[dict]:
     found = []
     for rank, count in product(args.rank, args.capabilities):
         settings = _settings(args, rank)
-        model, tokenizer = timing.lora_model(settings)
+        model, tokenizer = timing.lora_model(settings, args.trains)
         passes = backward_ratios(model, count, args.sequences, args.tokens, args.rounds)
         steps = step_ratios(model, tokenizer, count, args)
         for variant in VARIANTS:
-            row = {"model": settings.model.name, "capabilities": count, "rank": rank}
-            row |= {"variant": variant, **passes[variant], **steps.get(variant, {})}
-            row["backend"] = model.get_base_model().origin["backend"]
+            row = {"model": settings.model.name, "trains": args.trains, "capabilities": count}
+            row |= {"rank": rank, "variant": variant, **passes[variant], **steps.get(variant, {})}
+            row["backend"] = model.origin["backend"]
             options = ["--peak", variant, "--rank", str(rank), "--capabilities", str(count)]
             row["peak_bytes"] = timing.peak_apart(args.words, options)
             found.append(row)
@@ -57,7 +57,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 def peak(args: argparse.Namespace) -> int:
     """Most bytes in use while the variant `args.peak` runs once."""
-    model, _ = timing.lora_model(_settings(args, args.rank[0]))
+    model, _ = timing.lora_model(_settings(args, args.rank[0]), args.trains)
     batch = random_batch(model, args.sequences, args.tokens, args.capabilities[0])
     return timing.peak_of(lambda: _once(args.peak, model, batch))
 

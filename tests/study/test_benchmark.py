@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bbkit import CannotRun, combination, retention
+from bbkit import CannotRun, combination, config, retention
 from bbkit.study import benchmark, retention_cost, timing, variants
 
 SMALL = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
@@ -46,6 +46,18 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
     assert all(row["peak_bytes"] > 1e7 for row in rows.values())
     table = capsys.readouterr().out
     assert all(f"| {variant} |" in table for variant in variants.VARIANTS)
+
+
+@pytest.mark.parametrize("trains", ["dora", "all"])
+def test_it_measures_what_else_trains(trains, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "peak_apart", lambda words, options: 2e8)
+    out = tmp_path / "figures.json"
+    assert benchmark.main([*SMALL, "--trains", trains, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["trains"] for row in rows} == {trains} and rows[1]["both"] > 0
+    model, _ = timing.lora_model(config.load("pocket"), trains)
+    named = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("magnitude" in n if trains == "dora" else "embed" in n for n in named)
 
 
 def test_unsloth_has_rows_of_its_own_where_there_is_a_gpu(tmp_path, monkeypatch, capsys):
