@@ -442,6 +442,9 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsy
     assert train.main(["--preset", "pocket", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "learning_rate" in text and "sft " in text and "grpo " in text
+    own = ["--set", "grpo.rewards=[domain,missing.py:brief]"]
+    assert train.main(["--preset", "pocket", "--dry-run", *own]) == 2
+    assert "missing.py: cannot be read" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

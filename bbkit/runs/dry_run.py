@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from bbkit import config
+from bbkit import config, rewards
 from bbkit.config import Settings
 from bbkit.machine import loading
 
@@ -21,6 +21,8 @@ def show(
 
     from bbkit.machine import memory, minutes
 
+    if "grpo" in stages:
+        rewards.chosen(settings.grpo.rewards)  # a user's own must be there
     print(yaml.safe_dump(config.to_dict(settings), sort_keys=False, width=100))
     if card:  # of another machine: what its GPU computes in is not known here
         name = settings.model.dtype
