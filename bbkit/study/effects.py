@@ -82,7 +82,7 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     asked = by_source if len(sources) > 1 else []
     found = {}
     for name in (*measures.names(runs[0]), *KL, *asked, *elsewhere.names(runs[0])):
-        cells = [_cells(rows, name) for rows in runs]
+        cells = [by_cluster(rows, name) for rows in runs]
         if all(cells):
             table = np.array([[cell[c] for c in cells[0]] for cell in cells])
             found[name] = statistics.crossed(table, count)
@@ -98,7 +98,7 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     return found
 
 
-def _cells(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
+def by_cluster(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
     """Sum and count of a measure by cluster."""
     measure, _, source = name.partition(" on ")
     cells: dict[str, list[float]] = {}

@@ -1,0 +1,128 @@
+"""Verdicts of the decisive study, against scipy, statsmodels and studies whose truth is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+from statsmodels.stats.weightstats import ttost_paired
+
+from bbkit.study import arms, simulation, verdicts
+from bbkit.study.verdicts import FAMILIES, UNTAXED, judged, paired, untaxed
+
+KINDS = ("chat", "facts")
+
+
+def study(seeds=12, shift=None, noise=0.02, lost=0.0):
+    """A record of every arm that is contrasted: answers of 50 questions and 50 instructions."""
+    rng, runs = np.random.default_rng(0), {}
+    names = {a for f in FAMILIES.values() for c in f for a in (c.before, c.after)} | {*UNTAXED}
+    items = [[f"q{i}", "choice", f"d{i}", "s"] for i in range(50)]
+    items += [[f"i{i}", "instruction", f"e{i}", "s"] for i in range(50)]
+    items += [[k, "elsewhere", k, k] for k in KINDS]
+    for arm in sorted(names - {"base"}):
+        for seed in range(seeds):
+            share = 0.8 + (shift or {}).get(arm, 0.0) + rng.normal(0, noise)
+            right = [int(i < 100 * share / 2) for i in range(50)]
+            empty = [None] * 50
+            scores = {
+                "domain_lenient": [*right, *empty], "domain": [*right, *empty],
+                "instruction_unseen": [*empty, *[int(i < 40) for i in range(50)]],
+                "kl": [0.0] * 102, "elsewhere": [[lost, lost]] * len(KINDS),
+            }  # fmt: skip
+            stage = "sft" if arm == "sft" else "grpo"
+            runs[f"{arm}-{seed}"] = {"from": None, "scores": {stage: scores}}
+            if arm == "sft":
+                base = {**scores, "elsewhere": [[0.0, 0.0]] * len(KINDS)}
+                base["domain_lenient"] = base["domain"] = [
+                    *[int(i < 40) for i in range(50)],
+                    *empty,
+                ]
+                runs[f"sft-{seed}"]["scores"]["base"] = base
+    return {"items": items, "runs": runs}
+
+
+def said(kept, family="the whole method"):
+    found = verdicts.effects.arms(kept)
+    return {c.asks: told for c, _, _, told in judged(found, family)}
+
+
+def test_the_tests_are_scipys_and_statsmodels():
+    one, other = np.random.default_rng(1).normal(0.5, 0.1, (2, 9))
+    found = paired((one - other).tolist(), 0.05)
+    theirs = ttest_rel(one, other)
+    assert found["p"] == pytest.approx(theirs.pvalue)
+    assert found["interval"] == pytest.approx([*theirs.confidence_interval()])
+    assert found["p_none"] == pytest.approx(ttost_paired(one, other, -0.05, 0.05)[0])
+    with pytest.raises(ValueError, match="needs two"):
+        paired([0.1])
+
+
+def test_each_of_the_four_verdicts_comes_where_it_is_true():
+    shift = {"full": 0.15, "grpo": 0.0, "gdpo": 0.3, "dynamic": 0.15, "orthogonal": 0.15}
+    told = said(study(shift=shift, noise=0.01))
+    assert told["the full method against plain GRPO"] == "better"
+    assert told["the full method against GDPO"] == "worse"
+    assert told["orthogonal gradients"] == "no difference of 3 points"
+    told = said(study(shift=shift, noise=0.08, seeds=3))
+    assert told["orthogonal gradients"].startswith("undecided; takes about ")
+
+
+def test_what_has_not_run_is_said_and_counts():
+    kept = study(shift={"full": 0.05}, noise=0.025, seeds=6)
+    p = {c.after + c.before: p for c, _, p, _ in judged(verdicts.effects.arms(kept), FULL)}
+    runs = {k: v for k, v in kept["runs"].items() if k.rpartition("-")[0] in ("full", "grpo")}
+    less = judged(verdicts.effects.arms({**kept, "runs": runs}), FULL)
+    told = {c.after + c.before: (q, said) for c, _, q, said in less}
+    assert [said for _, said in told.values()].count("not run") == len(told) - 1
+    raw = paired(verdicts.differences(verdicts.effects.arms(kept), "grpo", "full", "area"))["p"]
+    assert told["fullgrpo"][0] == pytest.approx(min(1.0, raw * len(told))) and p["fullgrpo"] > raw
+
+
+FULL = "the whole method"
+
+
+@pytest.mark.parametrize(("lost", "verdict"), [(0.0, "no tax"), (0.2, "taxed")])
+def test_no_tax_needs_both_to_hold(lost, verdict):
+    lines = untaxed(study(lost=lost)).splitlines()[2:]
+    assert len(lines) == len(UNTAXED) and all(line.endswith(f"| {verdict} |") for line in lines)
+
+
+def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
+    run = {a: n for names, n in arms.DECISIVE for a in arms.needed(names.split(","))}
+    first = {a: max(n for names, n in arms.DECISIVE if a in arms.needed(names.split(",")))
+             for a in run}  # fmt: skip
+    assert set(run) <= set(arms.ARMS)
+    for contrast in (c for f in FAMILIES.values() for c in f):
+        for arm in {contrast.before, contrast.after} - {"base", "sft"}:
+            assert first[arm] >= 12, arm
+
+
+def test_intervals_that_are_too_short_are_seen(monkeypatch):
+    """At three seeds the normal distribution's interval covers in 81 % of studies."""
+    spread = [0.002, 0.02, 0.1]
+    shares = simulation.coverage(3, 40, spread, 200)
+    assert 0.92 < shares[1] < 0.98
+    student = verdicts.paired
+
+    def normal(some, *how):
+        found = student(some, *how)
+        half = 1.96 * found["spread"] / len(some) ** 0.5
+        return found | {"interval": [found["value"] - half, found["value"] + half]}
+
+    monkeypatch.setattr(verdicts, "paired", normal)
+    assert simulation.coverage(3, 40, spread, 200)[1] < 0.88
+
+
+def test_the_command_says_both_tables(tmp_path, capsys, monkeypatch):
+    from bbkit.study import recorded
+
+    monkeypatch.setattr(simulation, "SEEDS", (3, 6))
+    for name, count in (("coverage", 3), ("wrong", 20), ("wrongly_untaxed", 20)):
+        real = getattr(simulation, name)
+        monkeypatch.setattr(simulation, name, lambda *a, r=real, n=count: r(*a, count=n))
+    file = tmp_path / "record.json"
+    file.write_text(recorded.text(study(seeds=4)))
+    assert simulation.main([str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "covers, %" in out and "| no tax |" in out and "| the whole method | 8 |" in out
+    file.write_text('{"items": [], "runs": {}}')
+    assert simulation.main([str(file)]) == 2 and "no run sft-SEED" in capsys.readouterr().err
