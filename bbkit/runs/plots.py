@@ -60,10 +60,11 @@ def rewards(folder: Path) -> "Figure | None":
     below.set(xlabel="GRPO step (optimiser updates)", ylabel="weight", ylim=(0, None))
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
     top.legend(**where, ncols=min(4, len(names)), frameon=False)
+    span = "step" if window == 1 else f"{window} steps"
     return captioned(
         figure,
         "Rewards of the sampled training completions (thin: one step, thick: mean of the last "
-        f"{window}) and the weight of each. Notice the trend from the first {window} steps to the "
+        f"{span}) and the weight of each. Notice the trend from the first {span} to the "
         f"last: {'; '.join(trends)}. These are training prompts: held-out results stand apart.",
     )
 
