@@ -7,7 +7,10 @@ import contextlib
 import gc
 import html
 import io
+import os
+import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +128,33 @@ def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> 
     minutes = (f"{stage} {facts['seconds'] / 60:.1f}" for stage, facts in done.items())
     print("measured, in minutes:", ", ".join(minutes))
     return folder
+
+
+def command(words: Sequence[str], folder: Path, minutes: float = 10) -> int:
+    """Run `python -m …` in `folder`, show what it says as it says it, and give its exit code.
+
+    With one thread where other work has the cores: two would wait for each other. After `minutes`
+    it is stopped, saves, and how to go on is said.
+    """
+    cores, words = os.cpu_count() or 1, [sys.executable, "-u", *words[1:]]
+    alone = os.getloadavg()[0] < cores / 2
+    print("threads:", "as PyTorch chooses" if alone else "1, other work has the cores", flush=True)
+    env = os.environ if alone else os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    late = threading.Timer(60 * minutes, process.terminate)
+    late.start()
+    try:
+        for part in iter(lambda: process.stdout.read1(), b""):  # type: ignore[union-attr]
+            print(part.decode(errors="replace"), end="", flush=True)
+        code = process.wait()
+    finally:
+        process.terminate()
+        late.cancel()
+    if code == 130:
+        print(f"stopped after {minutes:g} minutes; run the cell again to go on, or raise `minutes`")
+    return code
 
 
 def hack_gallery(example: Example, size: int = 2000) -> list[Hack]:

@@ -98,3 +98,36 @@ def test_on_a_t4_every_choice_is_said(monkeypatch):
     model, _ = models.load(config.Model(), said.append)
     assert "attention sdpa: PyTorch's own, for any GPU and dtype" in said
     assert model.config._attn_implementation.startswith("sdpa")
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.0, None), (64.0, "1")])
+def test_a_command_shows_what_it_says_as_it_says_it(load, threads, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    (tmp_path / "said.py").write_text(
+        "import os, sys, time\n"
+        "print('here', os.environ.get('OMP_NUM_THREADS'))\n"
+        "while not os.path.exists('seen'):\n    time.sleep(0.02)\n"
+        "print('over', file=sys.stderr)\nsys.exit(3)\n"
+    )
+    real = print
+
+    def seen(*words, **how):
+        real(*words, **how)
+        if "here" in words[0]:  # before the process goes on
+            (tmp_path / "seen").touch()
+
+    monkeypatch.setattr("builtins.print", seen)
+    assert workshop.command(["python", "-m", "said"], tmp_path, minutes=1) == 3
+    out = capsys.readouterr().out
+    assert f"here {threads}\nover\n" in out and ("threads: 1," in out) == (threads == "1")
+
+
+def test_a_command_that_takes_too_long_saves_and_is_told_how_to_go_on(tmp_path, capsys):
+    (tmp_path / "long.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(130)))\n"
+        "print('begun')\ntime.sleep(60)\n"
+    )
+    assert workshop.command(["python", "-m", "long"], tmp_path, minutes=0.02) == 130
+    assert "begun\nsaved\nstopped after 0.02 minutes; run the cell again" in capsys.readouterr().out
