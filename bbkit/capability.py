@@ -141,7 +141,8 @@ class CapabilityAware(Trainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if found.shape[1:] != (self.capabilities,) or len(found) % self.num_generations:
+        groups = self.num_generations if self.model.training else 1  # an evaluation has others
+        if found.shape[1:] != (self.capabilities,) or len(found) % groups:
             raise CannotRun(
                 f"capability-aware GRPO: rewards are {tuple(found.shape)} in trl "
                 f"{metadata.version('trl')}, not (completions, {self.capabilities}); trl {TRL} is "
@@ -149,7 +150,6 @@ class CapabilityAware(Trainer):
             )
         self.raw_rewards = found
         if self.model.training:
-            groups = self.num_generations
             seen = weighting.statistics(found, groups, self.controller.weights)
             weights = self.controller.update(replace(seen, gramian=self.gramian))
             self.reward_weights = torch.tensor(weights).to(self.reward_weights)

@@ -344,6 +344,17 @@ def test_rewards_of_another_shape_are_refused(build):
         build(trainer=capability_aware(Summed)).train()
 
 
+def test_an_evaluation_may_draw_fewer_completions_a_prompt(build):
+    """TRL's num_generations_eval: groups are of training alone, and its weights stay as they are."""
+    few = {"num_generations_eval": 1, "per_device_eval_batch_size": 3}
+    trainer = build(arguments=few, controller="deficit", rate=1.0)
+    before = list(trainer.controller.weights)
+    found = trainer.evaluate(Dataset.from_list([{"prompt": p} for p in PROMPTS[:3]]))
+    assert 0 <= found["eval_rewards/vowels/mean"] <= 1 and "weight/vowels" not in found
+    assert trainer.controller.weights == before
+    trainer.train()
+
+
 def test_a_step_broken_off_leaves_the_weights_as_they_were(build):
     """What bbkit.runs.callback brings back before it saves, when a signal comes within a step."""
     trainer = build(controller="deficit", rate=1.0)
