@@ -31,7 +31,7 @@ else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
 METRICS = get_args(Metric)
-TRL = "1.14.2"  # the version that is pinned, and known to work
+TRL = "1.14.2"  # pinned, and known to work; tests/test_newest_trl.py tries the newest
 # What the class below takes over from the trainer's, and what it reads there.
 JOINTS = (
     "_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions",

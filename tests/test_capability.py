@@ -345,7 +345,7 @@ def test_rewards_of_another_shape_are_refused(build):
 
 
 def test_an_evaluation_may_draw_fewer_completions_a_prompt(build):
-    """TRL's num_generations_eval: groups are of training alone, and its weights stay as they are."""
+    """TRL's num_generations_eval: groups are training's alone, and the weights stay as they are."""
     few = {"num_generations_eval": 1, "per_device_eval_batch_size": 3}
     trainer = build(arguments=few, controller="deficit", rate=1.0)
     before = list(trainer.controller.weights)
