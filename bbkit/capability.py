@@ -102,7 +102,8 @@ class CapabilityAware(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if gone := [name for name in JOINTS if not hasattr(self, name)]:
+        theirs = super()  # the class alone: a method of ours is no sign of one under it
+        if gone := [n for n in JOINTS if not (n in vars(self) or hasattr(theirs, n))]:
             raise CannotRun(
                 f"capability-aware GRPO: {type(self).__mro__[2].__name__} of trl "
                 f"{metadata.version('trl')} has no {', '.join(gone)}; trl {TRL} is known to work"
