@@ -32,7 +32,7 @@ else:
     Trainer = object  # the class is put before a trainer's, which unsloth replaces on import
 
 METRICS = get_args(Metric)
-TRL = "1.14.2"  # the version that is pinned, and known to work
+TRL = "1.14.2"  # pinned, and known to work; tests/test_newest_trl.py tries the newest
 # What the class below takes over from the trainer's, and what it reads there.
 JOINTS = (
     "_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions",
@@ -103,7 +103,8 @@ class CapabilityAware(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if gone := [name for name in JOINTS if not hasattr(self, name)]:
+        theirs = super()  # the class alone: a method of ours is no sign of one under it
+        if gone := [n for n in JOINTS if not (n in vars(self) or hasattr(theirs, n))]:
             raise CannotRun(
                 f"capability-aware GRPO: {type(self).__mro__[2].__name__} of trl "
                 f"{metadata.version('trl')} has no {', '.join(gone)}; trl {TRL} is known to work"
@@ -142,7 +143,8 @@ class CapabilityAware(Trainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if found.shape[1:] != (self.capabilities,) or len(found) % self.num_generations:
+        groups = self.num_generations if self.model.training else 1  # an evaluation has others
+        if found.shape[1:] != (self.capabilities,) or len(found) % groups:
             raise CannotRun(
                 f"capability-aware GRPO: rewards are {tuple(found.shape)} in trl "
                 f"{metadata.version('trl')}, not (completions, {self.capabilities}); trl {TRL} is "
@@ -150,7 +152,6 @@ class CapabilityAware(Trainer):
             )
         self.raw_rewards = found
         if self.model.training:
-            groups = self.num_generations
             seen = weighting.statistics(found, groups, self.controller.weights)
             weights = self.controller.update(replace(seen, gramian=self.gramian))
             self.reward_weights = torch.tensor(weights).to(self.reward_weights)

@@ -322,13 +322,15 @@ def test_an_infinite_reward_is_named(build):
         build(rewards=(vowels, broken)).train()
 
 
-def test_a_trainer_without_a_joint_is_refused_with_the_version_that_has_it(build):
-    class Renamed(GRPOTrainer):
-        def __getattribute__(self, name):
-            if name in ("_calculate_rewards", "aux_loss_enabled") and "optimizer" in vars(self):
-                raise AttributeError(name)
-            return super().__getattribute__(name)
+def test_a_trainer_without_a_joint_is_refused_with_the_version_that_has_it(build, monkeypatch):
+    """Also where it is a method that we have of that name: ours would find no other to call."""
 
+    class Renamed(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self.aux_loss_enabled
+
+    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
     with pytest.raises(CannotRun, match=r"Renamed of trl .* no _calculate_rewards, aux_loss_en"):
         build(trainer=capability_aware(Renamed))
     pins = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -342,6 +344,17 @@ def test_rewards_of_another_shape_are_refused(build):
 
     with pytest.raises(CannotRun, match=r"rewards are \(8, 1\) in trl .*, not \(completions, 3\)"):
         build(trainer=capability_aware(Summed)).train()
+
+
+def test_an_evaluation_may_draw_fewer_completions_a_prompt(build):
+    """TRL's num_generations_eval: groups are training's alone, and the weights stay as they are."""
+    few = {"num_generations_eval": 1, "per_device_eval_batch_size": 3}
+    trainer = build(arguments=few, controller="deficit", rate=1.0)
+    before = list(trainer.controller.weights)
+    found = trainer.evaluate(Dataset.from_list([{"prompt": p} for p in PROMPTS[:3]]))
+    assert 0 <= found["eval_rewards/vowels/mean"] <= 1 and "weight/vowels" not in found
+    assert trainer.controller.weights == before
+    trainer.train()
 
 
 def test_a_step_broken_off_leaves_the_weights_as_they_were(build):

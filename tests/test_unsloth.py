@@ -67,7 +67,7 @@ IDLE = {
     "vllm_mode": "no vLLM",
     "vllm_importance_sampling_correction": "no vLLM",
     "generation_kwargs": "empty in TRL too",
-    "router_aux_loss_coef": "capability_aware refuses a router's loss",
+    "router_aux_loss_coef": "no model of ours has a router",
     "padding_free": "off in TRL too unless set",
     "max_seq_length": "not TRL's name; the model has it",
 }
