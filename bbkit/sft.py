@@ -114,7 +114,6 @@ def build(
         padding_free=False,
         loss_type=section.loss_type,
         eos_token=tokenizer.eos_token,
-        pad_token=tokenizer.pad_token,
     )
     trainer = retention.around(SFTTrainer, settings, "sft", replies)
     data = rows(examples)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ UNSLOTH = {
     "UNSLOTH_GRPO_SEQ_PACKING": "0",
     "UNSLOTH_GRPO_PREFIX_GROUPER": "0",
 }
+# On a CPU with AVX-512 BF16 it warns, when imported, of a kernel of the Hub's that it does without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")
 
 
