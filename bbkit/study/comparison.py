@@ -15,7 +15,7 @@ from typing import Any
 from bbkit import InputError, exit_code
 from bbkit.machine import files
 from bbkit.runs import elsewhere, plots, report
-from bbkit.study import effects, ledger, recorded, studyplots
+from bbkit.study import effects, ledger, recorded, studyplots, verdicts
 from bbkit.study.effects import NAMES
 
 
@@ -95,6 +95,8 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "hypotheses": ledger.hypotheses,
     "tax sft": partial(tax, regime="sft"),
     "tax grpo": partial(tax, regime="grpo"),
+    **{family: partial(verdicts.table, family=family) for family in verdicts.FAMILIES},
+    "untaxed": verdicts.untaxed,
 }
 
 

@@ -20,7 +20,7 @@ from bbkit import CannotRun, InputError, Unhealthy, config, exit_code
 from bbkit.machine import files, minutes
 from bbkit.runs import record
 from bbkit.study import comparison, recorded
-from bbkit.study.arms import ARMS, MAIN, QUICK, Row, needed, schedule
+from bbkit.study.arms import ARMS, DECISIVE, FIRST, MAIN, QUICK, Row, schedule
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--arms", default=MAIN, help=f"of {', '.join(ARMS)} (default: {MAIN})")
     p.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
     p.add_argument("--quick", action="store_true", help="two arms, two seeds, 15 GRPO steps")
+    p.add_argument("--decisive", action="store_true", help="every arm and seed of the design")
     p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/study-PRESET")
     p.add_argument("--probe", type=int, default=0, metavar="N", help="noise, on N prompts a seed")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every arm")
@@ -62,19 +63,22 @@ def _main(args: argparse.Namespace) -> int:
         raise InputError(f"--seeds {args.seeds}: whole numbers with commas, as 0,1,2")
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: 1 or more")
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    out = args.out or Path("runs") / f"study-{args.preset}{'-quick' if args.quick else ''}"
+    kind = "-quick" if args.quick else "-decisive" if args.decisive else ""
+    out = args.out or Path("runs") / f"study-{args.preset}{kind}"
+    blocks: list[tuple[Sequence[str], Sequence[int]]] = [(arms, [*map(int, args.seeds.split(","))])]
+    if args.decisive:
+        args.set = ["run.threads=1", *args.set]  # more move last bits, and runs stand side by side
+        blocks = [(names.split(","), range(FIRST, FIRST + n)) for names, n in DECISIVE]
+    rows = [*dict.fromkeys(row for block in blocks for row in schedule(*block, out))]
     if not args.table:
-        rows = schedule(arms, seeds, out)
         print(plan(args, rows), flush=True)
         _run_all(args, rows)
-    names = [f"{arm}-{seed}" for arm in needed(arms) for seed in seeds]
-    there = [name for name in names if _done(out / name)]
-    if missing := [name for name in names if name not in there]:
+    there = [row.folder for row in rows if _done(row.folder)]
+    missing = [row.folder.name for row in rows if row.folder not in there]
+    if missing := [name for name in missing if not name.startswith("sft-")]:  # no arm of its own
         print(f"not finished, and not in the table: {', '.join(missing)}")
     if there:
-        shared = sorted({f"sft-{name.rpartition('-')[2]}" for name in there})
-        found = recorded.pack([out / name for name in shared + there])
+        found = recorded.pack(there)
         if args.record:
             if args.record.exists():
                 found = recorded.joined(recorded.read(args.record), found, str(args.record))

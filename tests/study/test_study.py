@@ -115,6 +115,16 @@ def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys
     assert "grpo-0: grpo.steps was 2 and is now 3" in capsys.readouterr().err
 
 
+def test_the_decisive_study_is_one_command(tmp_path, capsys):
+    assert runner.main(["--decisive", "--table", "--out", str(tmp_path)]) == 0
+    named = capsys.readouterr().out.strip().partition("table: ")[2].split(", ")
+    assert len(named) == len(set(named)) and named[0] == "averaging-200"
+    assert {n.rpartition("-")[2] for n in named if n.startswith("full-")} == {
+        str(seed) for seed in range(200, 212)
+    }
+    assert sum(name.startswith("penalty_weight_1-") for name in named) == 20
+
+
 def test_what_is_missing_is_said(made, capsys):
     assert (
         runner.main(["--table", "--arms", "gdpo,grpo", "--seeds", "0,1", "--out", str(made)]) == 0
