@@ -125,7 +125,7 @@ class CapabilityAware(Trainer):
         self.rest = bool(self.beta or self._entropy_bonus_enabled or self.aux_loss_enabled)
         self.capture = gradients.Capture(self.model, self.capabilities + self.rest)
         self.limits: Any = None
-        if self.asked.metric == "step":
+        if self.asked.combination != "sum":  # does the step do what the sum of gradients would?
             self.limits = Limits(self.capture.parameters.values(), self._note)
         linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
         self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
@@ -270,10 +270,11 @@ class CapabilityAware(Trainer):
             found = combine(products, method, self.controller.weights)
         coefficients = pad(found, (0, len(capture) - kinds), value=1.0)  # that of the rest stays 1
         capture.put(coefficients * scale)
-        if self.asked.metric == "step":  # limits alone may be retention's
+        if self.asked.combination != "sum":  # limits alone may be retention's
             self.limits.watch(self.optimizer)
+            bound = 0.0 if self.asked.metric == "step" else math.inf  # else it is only measured
             for name, row in zip(names, rows, strict=False):
-                self.limits.add(f"step/{name}", row.clone(), 0.0)
+                self.limits.add(f"step/{name}", row.clone(), bound)
         cosines = gradients.cosines(products)
         for j, name in enumerate(names):
             self._note(f"coefficient/{name}", found[j].item())
@@ -285,5 +286,4 @@ class CapabilityAware(Trainer):
             self.observed = {n: r.clone() for n, r in zip(names, rows, strict=False)}
 
     def _note(self, name: str, value: float) -> None:
-        if not math.isnan(value):  # a cosine with no gradient: TRL would pass on None
-            self._metrics["train"][name].append(value)
+        self._metrics["train"][name].append(value)

@@ -214,29 +214,36 @@ class Limits:
             return
         matrix = torch.stack([row for row, _ in rows.values()])
         bounds = torch.tensor([bound for _, bound in rows.values()])
-        made, metric = self._place() - self.start, self._metric()
-        slopes = inner(matrix, made[None])[:, 0]
+        made = self._place() - self.start
+        slopes = kept = inner(matrix, made[None])[:, 0]
+        bounded = [name for name, (_, bound) in rows.items() if bound < float("inf")]
+        if bounded:  # else it is only measured
+            kept = self._bound(matrix, bounds, made, slopes, "retention" in bounded)
+        for name, before, after in zip(rows, slopes.tolist(), kept.tolist(), strict=True):
+            self.note(f"{name}/slope", before)
+            self.note(f"{name}/slope_kept", after)
+
+    def _bound(
+        self, matrix: Tensor, bounds: Tensor, made: Tensor, slopes: Tensor, keeps: bool
+    ) -> Tensor:
+        """Move the parameters to the nearest place within the bounds; the slopes from there."""
+        metric = self._metric()
         products = gramian(matrix, metric)
         removed, left = nearest(products, slopes, bounds)
-        kept = slopes
         if removed.any():
             change = removed.to(matrix) @ matrix * metric
             sizes = [p.numel() for p in self.parameters]
             places = (self.start + (made - change)).split(sizes)
             for p, place in zip(self.parameters, places, strict=True):
                 p.copy_(place.view_as(p))
-            kept = inner(matrix, (self._place() - self.start)[None])[:, 0]
-        for name, before, after in zip(rows, slopes.tolist(), kept.tolist(), strict=True):
-            self.note(f"{name}/slope", before)
-            self.note(f"{name}/slope_kept", after)
+            slopes = inner(matrix, (self._place() - self.start)[None])[:, 0]
         length = (made.square() / metric.clamp(min=1e-30)).double().sum().item()
-        bounded = [name for name, (_, bound) in rows.items() if bound < float("inf")]
-        if bounded and length > 0:
+        if length > 0:
             cut = (removed @ products @ removed).clamp(min=0).item()
-            kind = "retention" if "retention" in bounded else "step"
-            self.note(f"{kind}/cut", (cut / length) ** 0.5)
+            self.note(f"{'retention' if keeps else 'step'}/cut", (cut / length) ** 0.5)
         if left > 1e-6:
             self._say("limits: bounds that contradict one another; the least violation is taken")
+        return slopes
 
     def _metric(self) -> Tensor:
         try:

@@ -198,7 +198,7 @@ class Keeping(Trainer):
             share = self._against(own, rows)
         for p, mine, row in zip(self._trained, own, rows, strict=True):
             p.grad = mine if not share else row * share if mine is None else mine + share * row
-        if self.limits is not None:
+        if self.limits is not None and keeps.rule != "penalty":
             scaler = self.accelerator.scaler
             flat = torch.cat([row.flatten().float() for row in rows])
             flat /= scaler.get_scale() if scaler else 1.0

@@ -279,6 +279,23 @@ def test_in_adams_metric_no_loss_rises_along_adams_direction(build):
     assert len(along) >= 14 and min(along) >= -1e-5, along
 
 
+def test_what_the_step_does_to_each_reward_is_measured_and_leaves_it_alone(build, monkeypatch):
+    """The cone's sum opposes no reward; the step that momentum and Adam's metric make of it may."""
+    asked = {"steps": 12, "combination": "dual_cone", "controller": "fixed"}
+    trainer = build(**asked)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    slopes = [row[f"step/{f.__name__}/slope"] for row in rows for f in REWARDS]
+    assert max(slopes) > 0 > min(slopes)  # a loss that rises with the step, to first order
+    kept = [row[f"step/{f.__name__}/slope_kept"] for row in rows for f in REWARDS]
+    assert kept == slopes and "step/cut" not in rows[-1]
+    monkeypatch.setattr(combination.Limits, "watch", lambda *_: None)
+    again = build(**asked)
+    again.train()
+    pairs = zip(trainer.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_an_order_is_drawn_for_each_seed_and_step_and_by_the_cpu_alone(build, monkeypatch):
     """torch.manual_seed begins every GPU's numbers anew: seeds would share their completions."""
     drawn, seeded = [], []

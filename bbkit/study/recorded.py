@@ -15,7 +15,8 @@ from bbkit.machine import files
 from bbkit.runs import elsewhere, report
 
 ITEM = ("id", "task", "entity", "source")
-LOGGED = ("reward/", "weight/", "coefficient/", "cosine/", "entropy", "unparsed", "retention/")
+LOGGED = tuple(f"{kind}/" for kind in "reward weight coefficient cosine step retention".split())
+LOGGED += ("entropy", "unparsed")
 Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
 
 
