@@ -20,6 +20,14 @@ TINY = [
     )
 ]  # fmt: skip
 
+# What python -m bbkit.benchmark takes for its two forms, short.
+PASSES = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
+STEPS = ["--retention", "--rounds", "1", "--replies", "2", "--set", "retention.max_new_tokens=8"]
+STEPS += ["--set", "data.limits.sft=20", "--set", "data.limits.grpo=20"]
+STEPS += ["--set", "sft.batch_size=4", "--set", "sft.micro_batch_size=2", "--set", "grpo.prompts=2"]
+STEPS += ["--set", "grpo.generations=2", "--set", "grpo.micro_batch_size=2"]
+STEPS += ["--set", "grpo.max_completion_length=8", "--set", "model.lora_rank=4"]
+
 
 def moved(model, spread: float = 0.05, seed: int = 0):
     """The model with LoRA's B matrices off 0, where the adapter does nothing and A cannot learn."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import moved
+from conftest import PASSES, STEPS, moved
 from torch.nn.functional import cosine_similarity
 
 from bbkit import config, gradients, models
@@ -380,9 +380,6 @@ def test_pocket(figure, tmp_path):
 
 def test_benchmark(figure, tmp_path, monkeypatch):
     """Both forms of the command, short; the peak in a process of its own is one variant's."""
-    from test_benchmark import SMALL as short
-    from test_benchmark import STEPS
-
     measured, some = timing.peak_apart, {"one_pass", "grpo/penalty/2"}
 
     def of_one(words, options):
@@ -391,7 +388,7 @@ def test_benchmark(figure, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "peak_apart", of_one)
     out, device = tmp_path / "figures.json", ["--set", f"model.device={DEVICE}"]
     plain = ["--capabilities", "2", "--rank", "8", "--rounds", "3"]
-    assert benchmark.main([*device, *(short if TINY else plain), "--out", str(out)]) == 0
+    assert benchmark.main([*device, *(PASSES if TINY else plain), "--out", str(out)]) == 0
     rows = {row["variant"]: row for row in read_json(out)["rows"]}
     figure("pocket, one pass in times of plain TRL's", backward=rows["one_pass"]["backward"],
            step=rows["one_pass"]["step"], peak_gb=rows["one_pass"]["peak_bytes"] / 1e9)  # fmt: skip

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PASSES, STEPS
 
 from bbkit import CannotRun, combination, config, retention
 from bbkit.study import benchmark, retention_cost, timing, variants
-
-SMALL = "--capabilities 2 --rank 4 --sequences 2 --tokens 17 --rounds 1".split()
 
 
 def only_apart(monkeypatch, variant: str) -> None:
@@ -36,7 +35,7 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(timing, "step", step)
     out = tmp_path / "figures.json"
-    assert benchmark.main([*SMALL, "--out", str(out)]) == 0
+    assert benchmark.main([*PASSES, "--out", str(out)]) == 0
     assert steps == {("Timed", False, True), ("CapabilityAware", True, True)}
     found = json.loads(out.read_text())
     rows = {row["variant"]: row for row in found["rows"]}
@@ -52,7 +51,7 @@ def test_it_measures_every_variant_and_writes_json(tmp_path, capsys, monkeypatch
 def test_it_measures_what_else_trains(trains, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "peak_apart", lambda words, options: 2e8)
     out = tmp_path / "figures.json"
-    assert benchmark.main([*SMALL, "--trains", trains, "--out", str(out)]) == 0
+    assert benchmark.main([*PASSES, "--trains", trains, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {row["trains"] for row in rows} == {trains} and rows[1]["both"] > 0
     model, _ = timing.lora_model(config.load("pocket"), trains)
@@ -81,19 +80,12 @@ def test_unsloth_has_rows_of_its_own_where_there_is_a_gpu(tmp_path, monkeypatch,
     monkeypatch.setattr(benchmark, "backend_beside", lambda args: True)
     monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "figures.json"
-    assert benchmark.main([*SMALL, "--out", str(out)]) == 0
+    assert benchmark.main([*PASSES, "--out", str(out)]) == 0
     backends = [row["backend"] for row in json.loads(out.read_text())["rows"]]
     half = len(variants.VARIANTS)
     assert backends == ["transformers"] * half + ["unsloth"] * half
-    assert made[0][:5] == [sys.executable, "-m", "bbkit.benchmark", *SMALL[:2]]
+    assert made[0][:5] == [sys.executable, "-m", "bbkit.benchmark", *PASSES[:2]]
     assert "K 2, rank 4, one_pass: 0.000" in capsys.readouterr().out
-
-
-STEPS = ["--retention", "--rounds", "1", "--replies", "2", "--set", "retention.max_new_tokens=8"]
-STEPS += ["--set", "data.limits.sft=20", "--set", "data.limits.grpo=20"]
-STEPS += ["--set", "sft.batch_size=4", "--set", "sft.micro_batch_size=2", "--set", "grpo.prompts=2"]
-STEPS += ["--set", "grpo.generations=2", "--set", "grpo.micro_batch_size=2"]
-STEPS += ["--set", "grpo.max_completion_length=8", "--set", "model.lora_rank=4"]
 
 
 def test_it_measures_what_retention_costs(tmp_path, capsys, monkeypatch):
@@ -161,7 +153,7 @@ def test_a_step_that_leaves_its_rule_out_is_refused(rule, capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line(arguments, code, capsys):
-    assert benchmark.main([*SMALL, *arguments]) == code
+    assert benchmark.main([*PASSES, *arguments]) == code
     assert capsys.readouterr().err.startswith("error: ")
 
 
