@@ -8,6 +8,7 @@ prompt of others is.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bbkit import InputError
@@ -58,6 +59,35 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
             "noise": files.read_json(probe)["noise"] if probe.exists() else None,
         }  # fmt: skip
     return {"items": items, "runs": runs}
+
+
+def brief(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the mean of each kind of text elsewhere, and the base of a seed only once.
+
+    A third of the size, and enough for what goes seed by seed (bbkit.study.verdicts).
+    """
+    texts = [item[2] for item in found["items"] if item[1] == "elsewhere"]
+    items = [item for item in found["items"] if item[1] != "elsewhere"]
+    kinds, runs = list(dict.fromkeys(texts)), dict(found["runs"])
+    for name, run in runs.items():
+        scores = dict(run["scores"])
+        first = runs.get(f"sft-{name.rpartition('-')[2]}", run)
+        if first is not run and "base" in scores:  # of an arm with an SFT of its own
+            del scores["base"]
+        for stage, columns in scores.items():
+            pairs = columns.get("elsewhere", [])
+            scores[stage] = {k: v[: len(items)] for k, v in columns.items()}
+            if pairs:
+                of_kind = {
+                    kind: [pair for pair, other in zip(pairs, texts, strict=True) if other == kind]
+                    for kind in kinds
+                }
+                scores[stage]["elsewhere"] = [
+                    [_short(fmean(values)) for values in zip(*some, strict=True)]
+                    for some in of_kind.values()
+                ]
+        runs[name] = run | {"scores": scores}
+    return {"items": items + [[kind, "elsewhere", kind, kind] for kind in kinds], "runs": runs}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -147,6 +177,9 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     """
     run = found["runs"][name]
     rows = unpack(found, run["from"]) if run["from"] else {}
+    first = f"sft-{name.rpartition('-')[2]}"
+    if not rows and "base" not in run["scores"] and name != first in found["runs"]:  # `brief`
+        rows = {"base": unpack(found, first)["base"]}
     for stage, columns in run["scores"].items():
         rows[stage], columns = [], dict(columns)
         texts = iter(columns.pop("elsewhere", ()))

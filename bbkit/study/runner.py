@@ -79,6 +79,8 @@ def _main(args: argparse.Namespace) -> int:
         print(f"not finished, and not in the table: {', '.join(missing)}")
     if there:
         found = recorded.pack(there)
+        if args.decisive:
+            found = recorded.brief(found)
         if args.record:
             if args.record.exists():
                 found = recorded.joined(recorded.read(args.record), found, str(args.record))

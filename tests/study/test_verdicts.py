@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ttest_rel
 from statsmodels.stats.weightstats import ttost_paired
 
-from bbkit.study import arms, simulation, verdicts
+from bbkit.study import arms, recorded, simulation, verdicts
 from bbkit.study.verdicts import FAMILIES, UNTAXED, judged, paired, untaxed
 
 KINDS = ("chat", "facts")
@@ -96,6 +96,26 @@ def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
             assert first[arm] >= 12, arm
 
 
+def test_a_brief_record_says_the_same_of_each_seed():
+    kept = study(seeds=3, lost=0.05)
+    kept["items"] += [["chat-2", "elsewhere", "chat", "chat"]]  # kinds of different sizes
+    for run in kept["runs"].values():
+        for columns in run["scores"].values():
+            columns["elsewhere"] = [*columns["elsewhere"], [0.25, 0.5]]
+    own = kept["runs"]["step-1"]["scores"]  # an arm with an SFT of its own
+    own["sft"], own["base"] = own.pop("grpo"), kept["runs"]["sft-1"]["scores"]["base"]
+    brief = recorded.brief(kept)
+    assert (
+        len(brief["items"]) == 100 + len(KINDS) and "base" not in brief["runs"]["step-1"]["scores"]
+    )
+    one, other = verdicts.effects.arms(kept), verdicts.effects.arms(brief)
+    for arm in (*one, "base"):
+        for seed, known in verdicts.values(one, arm).items():
+            assert verdicts.values(other, arm)[seed] == pytest.approx(known, abs=1e-4)
+    assert recorded.unpack(brief, "step-1")["base"][0]["scores"]["domain"] == 1
+    assert recorded.brief(brief) == brief
+
+
 def test_intervals_that_are_too_short_are_seen(monkeypatch):
     """At three seeds the normal distribution's interval covers in 81 % of studies."""
     spread = [0.002, 0.02, 0.1]
@@ -113,8 +133,6 @@ def test_intervals_that_are_too_short_are_seen(monkeypatch):
 
 
 def test_the_command_says_both_tables(tmp_path, capsys, monkeypatch):
-    from bbkit.study import recorded
-
     monkeypatch.setattr(simulation, "SEEDS", (3, 6))
     for name, count in (("coverage", 3), ("wrong", 20), ("wrongly_untaxed", 20)):
         real = getattr(simulation, name)
