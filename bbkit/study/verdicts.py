@@ -107,13 +107,11 @@ def paired(some: Sequence[float], margin: float = MARGIN) -> dict[str, Any]:
 
     if len(some) < 2:
         raise ValueError(f"{len(some)} differences; Student's test needs two")
-    count, mean = len(some), float(np.mean(some))
-    spread = max(float(np.std(some, ddof=1)), 1e-9)
-    error, free = spread / count**0.5, count - 1
-    half = float(stats.t.ppf(1 - LEVEL / 2, free)) * error
-    return {
-        "value": mean, "n": count, "interval": [mean - half, mean + half], "spread": spread,
-        "margin": margin, "p": float(2 * stats.t.sf(abs(mean) / error, free)),
+    seen, spread = statistics.over_seeds(some), max(float(np.std(some, ddof=1)), 1e-9)
+    mean, free, error = seen["value"], seen["n"] - 1, spread / seen["n"] ** 0.5
+    return seen | {
+        "spread": spread, "margin": margin,
+        "p": float(2 * stats.t.sf(abs(mean) / error, free)),
         "p_below": float(stats.t.sf((margin - mean) / error, free)),
         "p_none": float(stats.t.sf((margin - abs(mean)) / error, free)),
     }  # fmt: skip
