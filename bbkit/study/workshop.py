@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,9 +116,7 @@ def run(preset: str, folder: Path, stages: str, changes: Sequence[str] = ()) -> 
     import datasets
 
     datasets.disable_progress_bars()  # of rows; the bar of the steps stays
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        code = train.main([*words, "--out", str(folder)])
+    code = train.main([*words, "--out", str(folder)])
     gc.collect()  # a trainer and its hooks hold each other, and the model
     sys.modules["torch"].cuda.empty_cache()
     if code:
