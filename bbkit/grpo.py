@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 else:
     Trainer = object  # the class is put before TRL's, which unsloth replaces on import
 
+# Of a micro-batch of TRL's, what has no column for each token.
+BY_ROW = ("advantages", "capability_advantages", "num_items_in_batch")
 Judge = Callable[[Sequence[Example], Sequence[str]], list]
 
 
@@ -90,8 +92,37 @@ def reward_functions(
     return [named(k, score) for k, score in chosen.items()]
 
 
+def by_length(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """TRL's micro-batches of one step with their rows sorted by length, each cut to its longest.
+
+    TRL pads all to the longest of the step; sums over the step are the same, in another order. With
+    other columns (images, tools, log-probabilities, which GPT-2's places would move) they stay as
+    they are.
+
+    >>> ids = torch.tensor([[0, 5, 6], [4, 5, 6]])
+    >>> one = {"prompt_ids": ids, "prompt_mask": ids.sign(), "completion_ids": ids.fliplr()}
+    >>> one |= {"completion_mask": ids.fliplr().sign(), "advantages": torch.ones(2)}
+    >>> [b["prompt_ids"].shape[1] for b in by_length([{k: v[i:i + 1] for k, v in one.items()}
+    ...                                               for i in (1, 0)])]
+    [2, 3]
+    """
+    asked, replied = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
+    if batches[0].keys() - {*asked, *replied, *BY_ROW}:
+        return list(batches)
+    rows = {k: torch.cat([b[k] for b in batches]) if v.ndim else v for k, v in batches[0].items()}
+    lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+    found = []
+    for chosen in lengths.argsort(stable=True).chunk(len(batches)):
+        some = {k: v[chosen] if v.ndim else v for k, v in rows.items()}
+        first = int(some["prompt_mask"].sum(1).max())
+        last = max(1, int(some["completion_mask"].sum(1).max()))  # all masked: one stays
+        some |= {k: some[k][:, -first:] for k in asked}
+        found.append(some | {k: some[k][:, :last] for k in replied})
+    return found
+
+
 class Sampling(Trainer):
-    """A GRPOTrainer that also logs the unparsed share and keeps samples for the run folder.
+    """A GRPOTrainer that pads less, logs the unparsed share, and keeps samples for the run folder.
 
     With `sample_at_once`, each part of the completions has random numbers of its own, from
     seed, step and place, so that two processes draw what one would. `build` puts it before TRL's.
@@ -106,6 +137,14 @@ class Sampling(Trainer):
 
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_adapter(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _prepare_inputs(self, generation_batch):
+        held = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is held or self.loss_type == "bnpo":  # its mean is a micro-batch's
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs)
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
     def _generate_single_turn(self, prompt_ids, *rest):
         if not (size := self.sample_at_once):

@@ -1,6 +1,7 @@
 """The order of prompts and the reward functions that TRL calls."""
 
 import pytest
+import torch
 
 from bbkit import config, grpo, models, prompts, sft, weighting
 from bbkit.data import instructions, questions
@@ -78,6 +79,32 @@ def test_any_number_of_rewards_trains_and_is_logged_by_name(count, rule, tmp_pat
     if rule == "fixed":
         even = 1 / (count - 0.5)
         assert weights[names.index("half")] == pytest.approx(0.5 * even)
+
+
+def test_less_padding_moves_no_gradient(tmp_path, monkeypatch):
+    settings = config.load("pocket", overrides=[
+        "retention.rule=none", "grpo.steps=1", "grpo.prompts=4", "grpo.generations=4",
+        "grpo.micro_batch_size=4", "grpo.max_completion_length=16",
+    ])  # fmt: skip
+    cut, found, padded = grpo.by_length, [], []
+
+    def seen(batches):
+        kept = cut(batches)
+        for some in (batches, kept):
+            padded.append(sum(b["prompt_ids"].numel() + b["completion_ids"].numel() for b in some))
+        return kept
+
+    for by_length in (seen, list):
+        monkeypatch.setattr(grpo, "by_length", by_length)
+        model, tokenizer = models.load(settings.model, say=lambda line: None)
+        model = models.add_lora(model, settings.model, 0)
+        trainer = grpo.build(model, tokenizer, QUESTIONS[:2] + GENERAL[:2], settings, tmp_path)
+        trainer.observed = {}
+        trainer.train()
+        assert trainer.gradient_engine == "one_pass"
+        found.append(torch.cat(list(trainer.observed.values())))
+    assert padded[1] < 0.9 * padded[0]
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
 
 
 def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
