@@ -108,7 +108,7 @@ def by_length(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     asked, replied = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
     if batches[0].keys() - {*asked, *replied, *BY_ROW}:
-        return list(batches)
+        return [dict(b) for b in batches]
     rows = {k: torch.cat([b[k] for b in batches]) if v.ndim else v for k, v in batches[0].items()}
     lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
     found = []

@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from bbkit.runs import statistics
 
@@ -35,6 +38,21 @@ def test_holm_steps_down_and_keeps_the_order():
     found = statistics.holm({"x": 0.04, "y": 0.011, "z": 0.02})
     assert found == pytest.approx({"x": 0.04, "y": 0.033, "z": 0.04})
     assert statistics.holm({}) == {}
+
+
+def test_both_are_statsmodels():
+    rng = np.random.default_rng(0)
+    for count in (1, 5, 30):
+        some = rng.random(count) ** 3
+        theirs = multipletests(some, method="holm")[1]
+        ours = statistics.holm(dict(enumerate(some)))
+        assert list(ours) == list(range(count))
+        assert list(ours.values()) == pytest.approx(list(theirs))
+        before, after = rng.random((2, count)) < 0.5
+        table = [[sum(a & b for a, b in zip(x, y, strict=True)) for y in (after, ~after)]
+                 for x in (before, ~before)]  # fmt: skip
+        found = statistics.mcnemar(list(before), list(after))["p"]
+        assert found == pytest.approx(mcnemar(table, exact=True).pvalue)
 
 
 def test_over_seeds_is_students():
