@@ -15,7 +15,7 @@ from typing import Any
 from bbkit import InputError, exit_code
 from bbkit.machine import files
 from bbkit.runs import elsewhere, plots, report
-from bbkit.study import effects, ledger, recorded, studyplots, verdicts
+from bbkit.study import effects, ledger, reasons, recorded, studyplots, verdicts
 from bbkit.study.effects import NAMES
 
 
@@ -96,7 +96,9 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "tax sft": partial(tax, regime="sft"),
     "tax grpo": partial(tax, regime="grpo"),
     **{family: partial(verdicts.table, family=family) for family in verdicts.FAMILIES},
+    **{f"scores of {regime}": partial(reasons.scores, regime=regime) for regime in reasons.REGIMES},
     "untaxed": verdicts.untaxed,
+    "steps": reasons.steps,
 }
 
 

@@ -16,8 +16,9 @@ from bbkit.machine import files
 from bbkit.runs import elsewhere, report
 
 ITEM = ("id", "task", "entity", "source")
-LOGGED = tuple(f"{kind}/" for kind in "reward weight coefficient cosine step retention".split())
-LOGGED += ("entropy", "unparsed")
+LOGGED = ("entropy", "unparsed", *(f"{kind}/" for kind in (
+    "reward", "weight", "coefficient", "cosine", "gradient_norm", "step", "retention",
+)))  # fmt: skip
 Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
 
 
@@ -62,13 +63,16 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def brief(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with the mean of each kind of text elsewhere, and the base of a seed only once.
+    """The record with the base of a seed only once, and means where prompts are many: the KL along
+    replies to questions and to instructions, the losses of each kind of text elsewhere. What
+    training logged has two digits.
 
-    A third of the size, and enough for what goes seed by seed (bbkit.study.verdicts).
+    A quarter of the size, and enough for what goes seed by seed (bbkit.study.verdicts).
     """
     texts = [item[2] for item in found["items"] if item[1] == "elsewhere"]
     items = [item for item in found["items"] if item[1] != "elsewhere"]
     kinds, runs = list(dict.fromkeys(texts)), dict(found["runs"])
+    general = [item[1] == "instruction" for item in items]
     for name, run in runs.items():
         scores = dict(run["scores"])
         first = runs.get(f"sft-{name.rpartition('-')[2]}", run)
@@ -76,7 +80,8 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
             del scores["base"]
         for stage, columns in scores.items():
             pairs = columns.get("elsewhere", [])
-            scores[stage] = {k: v[: len(items)] for k, v in columns.items()}
+            scores[stage] = {k: v[: len(items)] for k, v in columns.items() if k != "kl"}
+            scores[stage]["kl"] = _means(columns["kl"], general)
             if pairs:
                 of_kind = {
                     kind: [pair for pair, other in zip(pairs, texts, strict=True) if other == kind]
@@ -86,8 +91,21 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
                     [_short(fmean(values)) for values in zip(*some, strict=True)]
                     for some in of_kind.values()
                 ]
-        runs[name] = run | {"scores": scores}
+        log = {k: [_short(v, 2) for v in values] for k, values in run.get("log", {}).items()}
+        runs[name] = run | {"scores": scores, "log": log}
     return {"items": items + [[kind, "elsewhere", kind, kind] for kind in kinds], "runs": runs}
+
+
+def _means(kl: Any, general: Sequence[bool]) -> dict[str, float | None]:
+    """The mean KL of each kind of prompt, by the first prompt of that kind, in whose place it is
+    read; as it is where it has been made already."""
+    if isinstance(kl, dict):
+        return kl
+    kinds: dict[bool, list[float]] = {}
+    for kind, value in zip(general, kl, strict=False):
+        if value not in (None, "-"):
+            kinds.setdefault(kind, []).append(float(value))
+    return {str(general.index(kind)): _short(fmean(some), 3) for kind, some in kinds.items()}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -182,12 +200,15 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
         rows = {"base": unpack(found, first)["base"]}
     for stage, columns in run["scores"].items():
         rows[stage], columns = [], dict(columns)
-        texts = iter(columns.pop("elsewhere", ()))
+        texts, means = iter(columns.pop("elsewhere", ())), {}
+        if isinstance(columns.get("kl"), dict):  # `brief`
+            means = columns.pop("kl")
         for i, item in enumerate(found["items"]):
             seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
             seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
             if item[1] == "elsewhere":
                 seen = elsewhere.scores(item[2], *next(texts))
-            kl = {"kl": seen.pop("kl")} if "kl" in seen else {}
+            kl = {"kl": means[str(i)]} if str(i) in means else {}
+            kl = {"kl": seen.pop("kl")} if "kl" in seen else kl
             rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
     return rows

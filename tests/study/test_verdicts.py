@@ -26,7 +26,7 @@ def study(seeds=12, shift=None, noise=0.02, lost=0.0):
             scores = {
                 "domain_lenient": [*right, *empty], "domain": [*right, *empty],
                 "instruction_unseen": [*empty, *[int(i < 40) for i in range(50)]],
-                "kl": [0.0] * 102, "elsewhere": [[lost, lost]] * len(KINDS),
+                "kl": (0.05 * rng.random(102)).tolist(), "elsewhere": [[lost, lost]] * len(KINDS),
             }  # fmt: skip
             stage = "sft" if arm == "sft" else "grpo"
             runs[f"{arm}-{seed}"] = {"from": None, "scores": {stage: scores}}

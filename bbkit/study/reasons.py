@@ -1,0 +1,153 @@
+"""Why the decisive study came out as it did: what arms score, and what their steps did.
+
+Serves the claims on orthogonality and on the tax. Values are of seeds, with Student's 95 % interval
+over them as in `bbkit.study.verdicts`; shares of steps are over all seeds of an arm.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bbkit.runs import elsewhere, report, statistics
+from bbkit.study import effects, verdicts
+from bbkit.study.arms import TAX
+
+REGIMES: dict[str, Callable[[str], bool]] = {
+    "SFT": lambda arm: arm == "sft" or arm in TAX,
+    "GRPO on domain questions alone": lambda arm: arm.startswith("alone"),
+    "the whole method": lambda arm: not (arm == "sft" or arm in TAX or arm.startswith("alone")),
+}
+SCORES = ("domain", "domain_lenient", "general", "area")
+SMALL = 0.01  # of a cosine, or of a coefficient by its weight: less is rounding
+
+
+def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
+    """The arms of a regime that a record has, in the order in which they ran.
+
+    >>> arms({"runs": {"sft-0": {}, "grpo-0": {}, "grpo-1": {}}}, "the whole method")
+    ['grpo']
+    """
+    known = dict.fromkeys(name.rpartition("-")[0] for name in kept["runs"])
+    return [arm for arm in known if REGIMES[regime](arm)]
+
+
+def scores(kept: Mapping[str, Any], regime: str) -> str:
+    """What the arms of a regime score as Markdown, the base first: %, then nats a token.
+
+    Of each kind of text elsewhere the KL to the base along it; of the worst the loss above it too.
+    """
+    found, lines = effects.arms(kept), []
+    heads: list[str] = []
+    for arm in ("base", *arms(kept, regime)):
+        seen = list(verdicts.values(found, arm).values())
+        kinds = elsewhere.by_kind(seen[0])["elsewhere_kl"]
+        shown = [*kinds.values(), *effects.KL]
+        mean = {k: statistics.over_seeds([one[k] for one in seen]) for k in seen[0]}
+        cells = [report.cell(mean[name]) for name in SCORES]
+        worst = mean["elsewhere"]
+        cells.append(report.nats(worst) if worst["interval"] else f"{worst['value']:.3f}")
+        cells += [f"{mean[name]['value']:.3f}" if name in mean else "" for name in shown]
+        lines.append([arm, str(len(seen)), *cells])
+        named = (effects.NAMES.get(name, name) for name in SCORES)
+        heads = heads or ["%", "seeds", *named, "worst kind: loss", *(f"KL, {k}" for k in kinds)]
+    return report.markdown([*heads, *effects.KL.values()], lines)
+
+
+def steps(kept: Mapping[str, Any]) -> str:
+    """What the steps of each arm with GRPO or a limit did, as Markdown; empty where not logged.
+
+    In % of steps: two rewards' gradients oppose one another; the weighted sum opposes a reward; the
+    combination changed it; the step that was made, with momentum and Adam's moments, raised a
+    reward's loss, and the KL along the kept replies; and both after what was cut away from it.
+    """
+    lines = []
+    for regime in REGIMES:
+        for arm in arms(kept, regime):
+            logs = [run["log"] for n, run in kept["runs"].items() if n.rpartition("-")[0] == arm]
+            rows = [row for log in logs for row in by_step(log)]
+            told = [share(rows, asks) for asks in ASKED.values()]
+            if any(told):
+                cosines = [c for row in rows for c in cosines_of(row).values()]
+                mean = f"{sum(cosines) / len(cosines):.2f}" if cosines else ""
+                lines.append([arm, str(len(rows)), mean, *told])
+    return report.markdown(["% of steps", "steps", "mean cosine", *ASKED], lines)
+
+
+def by_step(log: Mapping[str, Sequence[Any]]) -> list[dict[str, float]]:
+    """What was logged, step by step, without what was not known.
+
+    >>> by_step({"a": [1, None], "b": [2, 3]})
+    [{'a': 1, 'b': 2}, {'b': 3}]
+    """
+    count = max(map(len, log.values()), default=0)
+    return [
+        {k: v[i] for k, v in log.items() if i < len(v) and v[i] is not None} for i in range(count)
+    ]
+
+
+def share(rows: Sequence[Mapping], asks: Callable[[Mapping], bool | None]) -> str:
+    """In how many per cent of the steps of which it is known something holds; "" of none."""
+    known = [found for found in map(asks, rows) if found is not None]
+    return f"{100 * sum(known) / len(known):.0f}" if known else ""
+
+
+def cosines_of(row: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """The cosine of each two rewards' gradients of a step."""
+    parts = ((k.split("/"), v) for k, v in row.items())
+    return {(k[1], k[2]): v for k, v in parts if k[0] == "cosine"}
+
+
+def oppose(row: Mapping[str, float]) -> bool | None:
+    """Whether two rewards' gradients have a negative inner product."""
+    found = cosines_of(row)
+    return any(c < -SMALL for c in found.values()) if found else None
+
+
+def opposed(row: Mapping[str, float]) -> bool | None:
+    """Whether the sum of the gradients by their weights goes against one of them.
+
+    >>> row = {"cosine/a/b": -0.5, "weight/a": 0.9, "weight/b": 0.1}
+    >>> opposed(row | {"gradient_norm/a": 1.0, "gradient_norm/b": 1.0})
+    True
+    """
+    found = cosines_of(row)
+    size = {n: row.get(f"gradient_norm/{n}", 0.0) * row.get(f"weight/{n}", 0.0)
+            for pair in found for n in pair}  # fmt: skip
+    total = dict(size)  # of each, the sum's part along it
+    for (a, b), cosine in found.items():
+        total[a] += size[b] * cosine
+        total[b] += size[a] * cosine
+    return (
+        any(t < -SMALL * max(size.values()) for t in total.values()) if any(size.values()) else None
+    )
+
+
+def changed(row: Mapping[str, float]) -> bool | None:
+    """Whether a gradient entered by another coefficient than its weight, rounding apart.
+
+    >>> changed({"weight/a": 0.5, "coefficient/a": 0.6}), changed({"weight/a": 0.5})
+    (True, None)
+    """
+    names = [k.partition("/")[2] for k in row if k.startswith("coefficient/")]
+    pairs = [(row[f"coefficient/{n}"], row[f"weight/{n}"]) for n in names if f"weight/{n}" in row]
+    return any(abs(c - w) > 2 * SMALL * w for c, w in pairs) if pairs else None
+
+
+def raised(prefix: str, end: str) -> Callable[[Mapping[str, float]], bool | None]:
+    """Whether the step raises a loss to first order: slopes that begin and end so."""
+
+    def asks(row: Mapping[str, float]) -> bool | None:
+        found = [v for k, v in row.items() if k.startswith(prefix) and k.endswith(end)]
+        return any(v > 0 for v in found) if found else None
+
+    return asks
+
+
+ASKED: dict[str, Callable[[Mapping], bool | None]] = {
+    "two rewards oppose": oppose,
+    "the sum opposes one": opposed,
+    "combination changed it": changed,
+    "the step raised a reward's loss": raised("step/", "/slope"),
+    "after the cut": raised("step/", "/slope_kept"),
+    "the step raised the kept KL": raised("retention/", "/slope"),
+    "after its cut": raised("retention/", "/slope_kept"),
+}
