@@ -9,13 +9,8 @@ from typing import Any
 
 from bbkit.runs import elsewhere, report, statistics
 from bbkit.study import effects, verdicts
-from bbkit.study.arms import TAX
 
-REGIMES: dict[str, Callable[[str], bool]] = {
-    "SFT": lambda arm: arm == "sft" or arm in TAX,
-    "GRPO on domain questions alone": lambda arm: arm.startswith("alone"),
-    "the whole method": lambda arm: not (arm == "sft" or arm in TAX or arm.startswith("alone")),
-}
+REGIMES = ("SFT", "GRPO on domain questions alone", "the whole method")
 SCORES = ("domain", "domain_lenient", "general", "area")
 SMALL = 0.01  # of a cosine, or of a coefficient by its weight: less is rounding
 
@@ -23,11 +18,14 @@ SMALL = 0.01  # of a cosine, or of a coefficient by its weight: less is rounding
 def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
     """The arms of a regime that a record has, in the order in which they ran.
 
-    >>> arms({"runs": {"sft-0": {}, "grpo-0": {}, "grpo-1": {}}}, "the whole method")
+    >>> runs = {"sft-0": {"scores": {"sft": {}}}, "grpo-0": {"scores": {"grpo": {}}}}
+    >>> arms({"runs": runs}, "the whole method")
     ['grpo']
     """
-    known = dict.fromkeys(name.rpartition("-")[0] for name in kept["runs"])
-    return [arm for arm in known if REGIMES[regime](arm)]
+    known = {name.rpartition("-")[0]: run["scores"] for name, run in kept["runs"].items()}
+    of = {arm: REGIMES["grpo" in found and 1 + (not arm.startswith("alone"))]
+          for arm, found in known.items()}  # fmt: skip
+    return [arm for arm in known if of[arm] == regime]
 
 
 def scores(kept: Mapping[str, Any], regime: str) -> str:

@@ -7,12 +7,13 @@ things at once: instructions of unseen kinds followed as by the base, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bbkit.runs import statistics
 from bbkit.runs.looks import color
 from bbkit.runs.plots import captioned, new_figure, percent
-from bbkit.study import effects
+from bbkit.study import effects, reasons, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,38 +116,63 @@ def _changes(axis: Axes, found: Mapping[str, Any]) -> str:
 
 
 def tax_front(kept: Mapping[str, Any]) -> Figure:
-    """Domain accuracy against general, and against the worst kind elsewhere, for both regimes.
+    """Domain accuracy against general instruction following, a panel for each regime of a record.
 
-    Of the arms that ran on all seeds of their regime.
+    A filled mark is an arm whose worst kind of text elsewhere costs at most `verdicts.NATS` more
+    than the base's; crosses are arms with fewer seeds than half of the most.
     """
-    figure, axes = new_figure(10.2, 8.8, 2, 2, sharey="row")
-    order: list[str] = []
-    for pair, regime in zip(axes, ("sft", "grpo"), strict=True):
-        known = effects.scores(kept, regime)
-        whole = 100 * known.pop("base")[0]["general"][0]
-        most = max(seeds for _, seeds in known.values())
-        for arm, (scores, seeds) in known.items():
-            if seeds < most:
-                continue
-            way = arm.removeprefix("alone_")
-            if way not in order:
+    import numpy as np
+
+    found, order = effects.arms(kept), list[str]()
+    here = {name: reasons.arms(kept, name) for name in reasons.REGIMES}
+    here = {name: some for name, some in here.items() if some}
+    figure, axes = new_figure(
+        0.6 + 4.1 * len(here), 5.6, 1, len(here), sharex=True, sharey=True, squeeze=False
+    )
+    base = next(iter(verdicts.values(found, "base").values()))
+    whole = 100 * base["general"]
+    for axis, (regime, arms) in zip(axes[0], here.items(), strict=True):
+        axis.axvspan(whole - 100 * verdicts.MARGIN, whole, color="#009E73", alpha=0.12)
+        axis.plot(whole, 100 * base["domain_lenient"], "o", color="#777777", ms=7, label="base")
+        most = max(len(found[arm]) for arm in arms)
+        for arm in arms:
+            seen = list(verdicts.values(found, arm).values())
+            way = arm.removeprefix("alone_").removeprefix("grpo_")
+            if way not in order and len(seen) > most / 2:
                 order.append(way)
+            at = [[100 * one[name] for one in seen] for name in ("general", "domain_lenient")]
+            if len(seen) <= most / 2:
+                axis.plot(*(np.mean(some) for some in at), "x", color="#AAAAAA", ms=6)
+                continue
             i = order.index(way)
-            kind = {"color": f"#{COLORS[i % len(COLORS)]}", "marker": MARKERS[i % len(MARKERS)]}
-            for axis, name in zip(pair, ("general", "elsewhere"), strict=True):
-                _mark(axis, scores, (name, "domain_lenient"), kind, ms=8, label=arm)
-        said, room = ("after SFT", 0.1) if regime == "sft" else ("after GRPO alone", 0.15)
-        pair[0].axvspan(whole - 3, whole, color="#009E73", alpha=0.12)
-        pair[1].axvspan(0, room, color="#009E73", alpha=0.12)
-        pair[1].invert_xaxis()
-        pair[0].set(title=f"{said}: what is asked", ylabel="domain, read leniently (%)")
-        pair[0].set(xlabel="general: instructions of unseen kinds (%)")
-        pair[1].set(title="what nobody asks", xlabel="elsewhere, worst kind: nats above the base")
-        pair[1].legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+            color_, mark = f"#{COLORS[i % len(COLORS)]}", MARKERS[i % len(MARKERS)]
+            lost = np.mean([one.get("elsewhere", 0.0) for one in seen]) > verdicts.NATS
+            _cross(axis, at, color_)
+            axis.plot(
+                *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm, zorder=5,
+                mfc="white" if lost else color_, mew=1.6,
+            )  # fmt: skip
+        if any(len(found[arm]) <= most / 2 for arm in arms):
+            axis.plot([], [], "x", color="#AAAAAA", ms=6, label="arms of few seeds")
+        axis.set_title(regime, fontsize=10)
+        axis.set_xlabel("general instructions (%)", color=color("instruction"))
+        axis.legend(
+            fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
+            columnspacing=1.2, handletextpad=0.2,
+        )  # fmt: skip
+    axes[0][0].set_ylabel("domain, read leniently (%)", color=color("domain"))
     return captioned(
         figure,
-        "Up is more domain, right is less tax; lines are 95 % intervals over seeds and prompts. "
-        "Green: within 3 points of the base, and within 0.1 nat (0.15 after GRPO) of it in the "
-        "worst kind of text. Notice what replies to instructions alone protect: the left side, "
-        "which is asked.",
+        "Up is more domain, right is less tax; lines are Student's 95 % intervals over seeds. "
+        "Green: within 3 points of the base. Filled marks lose at most 0.1 nat a token in the "
+        "worst kind of text elsewhere, open ones more: no tax is a filled mark in the green.",
     )
+
+
+def _cross(axis: Axes, at: Sequence[Sequence[float]], shade: str) -> None:
+    """Both intervals over seeds, where there are enough for them to be narrow."""
+    told = [statistics.over_seeds(some) for some in at]
+    if told[0]["n"] > 5:
+        (x, left, right), (y, low, high) = ((t["value"], *t["interval"]) for t in told)
+        axis.plot([left, right], [y, y], color=shade, lw=1.2, alpha=0.5)
+        axis.plot([x, x], [low, high], color=shade, lw=1.2, alpha=0.5)

@@ -65,6 +65,7 @@ FAMILIES: dict[str, tuple[Contrast, ...]] = {
         Contrast("the full method against it", f"grpo_{KEPT}", "full"),
     ),
 }  # fmt: skip
+MAIN = dict(zip(FAMILIES, ((0, 1), (0, 1), (0, 1, 3, 5)), strict=True))  # which contrasts of each
 # Arms that claim no tax: general no more than MARGIN below the base's, and the worst kind elsewhere
 # no more than NATS above it; both must hold, so that each is tested at LEVEL.
 UNTAXED = ("step", KEPT, "grpo", "alone_step", f"alone_{KEPT}", "alone_full", "full",
@@ -170,17 +171,33 @@ def judged(found: Mapping[str, Mapping[int, Rows]], family: str) -> list[tuple]:
     return rows
 
 
-def table(kept: Mapping[str, Any], family: str) -> str:
-    """A family as Markdown: what is asked, of which arms, by how much, on how many seeds."""
-    lines = []
+HEADS = ("compared", "effect", "seeds", "p (Holm)", "verdict")
+
+
+def lines(kept: Mapping[str, Any], family: str) -> list[list[str]]:
+    """What is asked, of which arms, by how much, on how many seeds: a line a contrast."""
+    found = []
     for contrast, seen, p, said in judged(effects.arms(kept), family):
         cells = ["", "", ""]
         if seen:
             show = report.nats if contrast.measure == "elsewhere" else report.change_cell
-            cells = [show(seen), str(seen["n"]), f"{p:.3f}"]
+            told = show(seen).strip("*")  # bold is what the whole family allows
+            cells = [f"**{told}**" if p < LEVEL else told, str(seen["n"]), f"{p:.3f}"]
         compared = f"{contrast.measure}: {contrast.after} − {contrast.before}"
-        lines.append([contrast.asks, compared, *cells, said])
-    return report.markdown(["asked", "compared", "effect", "seeds", "p (Holm)", "verdict"], lines)
+        found.append([contrast.asks, compared, *cells, said])
+    return found
+
+
+def table(kept: Mapping[str, Any], family: str) -> str:
+    """A family as Markdown."""
+    return report.markdown(["asked", *HEADS], lines(kept, family))
+
+
+def main(kept: Mapping[str, Any]) -> str:
+    """The contrasts that answer the title's three claims, as Markdown: README's table."""
+    made = {family: lines(kept, family) for family in MAIN}
+    chosen = [[family, *made[family][i]] for family, places in MAIN.items() for i in places]
+    return report.markdown(["after", "asked", *HEADS], chosen)
 
 
 def untaxed(kept: Mapping[str, Any]) -> str:
@@ -193,15 +210,15 @@ def untaxed(kept: Mapping[str, Any]) -> str:
         seen.append({"lost": paired(lost), "worst": paired(worst, NATS)} if len(lost) > 1 else None)
     for both in filter(None, seen):
         both["p"] = max(both["lost"]["p_below"], both["worst"]["p_below"])
-    lines = []
+    rows = []
     for arm, both, p in zip(UNTAXED, seen, holm(seen, "p"), strict=True):
         if not both:
-            lines.append([arm, *[""] * 4, "not run"])
+            rows.append([arm, *[""] * 4, "not run"])
             continue
         lost, worst = both["lost"], both["worst"]
         taxed = any(one["interval"][0] > one["margin"] for one in (lost, worst))
         said = "no tax" if p < LEVEL else "taxed" if taxed else "undecided"
         cells = [report.change_cell(lost, -1), report.nats(worst), str(lost["n"]), f"{p:.3f}"]
-        lines.append([arm, *cells, said])
+        rows.append([arm, *cells, said])
     heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p (Holm)"]
-    return report.markdown([*heads, "verdict"], lines)
+    return report.markdown([*heads, "verdict"], rows)

@@ -273,4 +273,6 @@ def test_the_page_of_both_regimes_shows_its_record(monkeypatch):
     left = studyplots.tax_front(kept).axes[0]
     marks = {line.get_label() for line in left.get_lines() if line.get_label()[0] != "_"}
     whole = {arm for arm, seeds in arms.items() if len(seeds) == 3 and arm[:5] != "alone"}
-    assert marks == whole
+    assert marks == whole | {"base", "arms of few seeds"}
+    shown = {line.get_label(): line.get_markerfacecolor() for line in left.get_lines()}
+    assert shown["sft"] == "white" != shown["penalty_weight_1"]  # what is lost elsewhere

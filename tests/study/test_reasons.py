@@ -43,7 +43,8 @@ def test_the_table_says_what_is_known_and_leaves_the_rest_empty():
     cone = {"retention/slope": [0.1, -0.1, 0.2, -0.3], "retention/slope_kept": [None, 0.1, 0, 0]}
     full = {"step/a/slope": [0.1, -0.1], "step/b/slope": [-0.1, -0.1], "step/a/slope_kept": [0, 0]}
     log = {"cone-0": cone, "full-0": full, "full-1": full, "sft-0": {}}
-    table = reasons.steps({"runs": {name: {"log": found} for name, found in log.items()}})
+    runs = {n: {"log": found, "scores": {"grpo": {}}} for n, found in log.items()}
+    table = reasons.steps({"runs": runs})
     head, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
     found = {line[0]: dict(zip(head, line, strict=False)) for line in lines}
     assert set(found) == {"cone", "full"}
