@@ -163,9 +163,9 @@ def tax_front(kept: Mapping[str, Any]) -> Figure:
     axes[0][0].set_ylabel("domain, read leniently (%)", color=color("domain"))
     return captioned(
         figure,
-        "Up is more domain, right is less tax; lines are Student's 95 % intervals over seeds. "
-        "Green: within 3 points of the base. Filled marks lose at most 0.1 nat a token in the "
-        "worst kind of text elsewhere, open ones more: no tax is a filled mark in the green.",
+        "Up is more domain, right is less tax; lines, from six seeds on, are Student's 95 % "
+        "intervals. Green: within 3 points of the base. Filled marks lose at most 0.1 nat a token "
+        "in the worst kind of text elsewhere, open ones more: no tax is filled, in the green.",
     )
 
 
