@@ -15,7 +15,7 @@ from typing import Any
 from bbkit import InputError, exit_code
 from bbkit.machine import files
 from bbkit.runs import elsewhere, plots, report
-from bbkit.study import effects, ledger, reasons, recorded, studyplots, verdicts
+from bbkit.study import effects, reasons, recorded, studyplots, verdicts
 from bbkit.study.effects import NAMES
 
 
@@ -27,7 +27,7 @@ def table(kept: Mapping[str, Any]) -> str:
     for arm, (drawn, seeds) in known.items():
         noise = effects.noise_ratio(kept, arm) if arm not in ("base", "sft") else None
         cells = [cell(drawn, name) for name in (*shown, *effects.KL)]
-        lines.append([arm, str(seeds), *cells, ledger.ratio_cell(noise)])
+        lines.append([arm, str(seeds), *cells, ratio_cell(noise)])
     heads = ["%", "seeds", *(NAMES[n] for n in shown), *effects.KL.values()]
     return report.markdown([*heads, "noise to signal / grpo"], lines)
 
@@ -71,13 +71,36 @@ def cell(drawn: effects.Draws, name: str) -> str:
     return report.nats(seen) if name in elsewhere.WORST else report.cell(seen)
 
 
+def ratio_cell(ratio: Mapping[str, Any] | None) -> str:
+    """A ratio with its interval; empty for None.
+
+    >>> ratio_cell({"value": 0.9, "interval": [0.8, 1.0]})
+    '0.90 [0.80, 1.00]'
+    """
+    if not ratio:
+        return ""
+    low, high = ratio["interval"]
+    return f"{ratio['value']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def variance(kept: Mapping[str, Any], arm: str = "full") -> str:
+    """Noise to signal of a group's gradient before GRPO's first step, an arm's by GRPO's."""
+    asked = {
+        "over all groups": effects.noise_ratio(kept, arm),
+        "where entropy is high, by where it is low": effects.noise_by_entropy(kept, arm),
+    }
+    lines = [
+        [name, ratio_cell(seen), str(seen["n"] if seen else 0)] for name, seen in asked.items()
+    ]
+    return report.markdown(["noise to signal by GRPO's", "ratio", "seeds"], lines)
+
+
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
     found, lines = effects.arms(kept), []
-    per_nat = effects.slope(found)
     shown = {name: head for name, head in NAMES.items() if name != "elsewhere"}
     for arm in found:
-        known, seeds = effects.change(found, first, arm, per_nat)
+        known, seeds = effects.change(found, first, arm)
         if seeds and arm != first:
             told = (effects.told(known[m]) if m in known else None for m in shown)
             lines.append([arm, str(seeds), *map(report.change_cell, told)])
@@ -88,11 +111,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "arms": table,
     "sources": sources,
     "changes": changes,
-    "claims": ledger.claims,
-    "main": ledger.main_claims,
-    "later": partial(ledger.main_claims, since=ledger.LATER),
-    "attempted": ledger.attempted,
-    "hypotheses": ledger.hypotheses,
+    "variance": variance,
     "tax sft": partial(tax, regime="sft"),
     "tax grpo": partial(tax, regime="grpo"),
     **{family: partial(verdicts.table, family=family) for family in verdicts.FAMILIES},
@@ -104,11 +123,8 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
 
 
 def told(kept: Mapping[str, Any]) -> str:
-    """What the commands print: every block once, of claims and hypotheses those with arms here."""
-    made = [make(kept) for make in (table, sources, changes, ledger.attempted)]
-    return "\n\n".join(
-        block for block in (*made, ledger.attempted(kept, ledger.hypotheses)) if block
-    )
+    """What the commands print: every block that is known of any record."""
+    return "\n\n".join(filter(None, (make(kept) for make in (table, sources, changes))))
 
 
 def filled(text: str, kept: Mapping[str, Any], name: str) -> str:
@@ -146,9 +162,7 @@ def _main(args: argparse.Namespace) -> int:
         kept = recorded.read(path)
         text = filled(text, kept, path.stem)
         if args.figures:
-            taxed = "penalty" in effects.arms(kept)
-            figure = (studyplots.tax_front if taxed else studyplots.front)(kept)
-            plots.save(args.figures, {f"{path.stem}_front": figure})
+            plots.save(args.figures, {f"{path.stem}_front": studyplots.front(kept)})
         elif not args.write:
             print(told(kept))
     if args.write:

@@ -25,7 +25,6 @@ NAMES = {
     "elsewhere": "elsewhere (nats)",  # the worst kind of bbkit.runs.elsewhere
     "worse": "worse",
     "hypervolume": "hypervolume",
-    "equal_kl": "general, at equal KL",  # known of differences between arms alone
 }
 # Settings of GRPO under which gradients were probed; the noise of others is not known.
 PROBED = {"judge": 0.0, "sigma_floor": 0.1, "metric": "euclidean"}
@@ -119,13 +118,10 @@ def told(values: np.ndarray) -> dict[str, Any]:
     return {"value": float(values[0]), "interval": [float(low), float(high)]}
 
 
-def change(
-    found: Mapping[str, Mapping[int, Rows]], before: str, after: str, per_nat: float = 0.0
-) -> tuple[Draws, int]:
+def change(found: Mapping[str, Mapping[int, Rows]], before: str, after: str) -> tuple[Draws, int]:
     """Draws of arm `after` minus arm `before` over the seeds of both, and how many these are.
 
-    `base` is the untrained model of either. `equal_kl` is `general` less what goes with the
-    difference in KL, at `per_nat` (`slope`).
+    `base` is the untrained model of either.
     """
     first = found.get("sft" if before == "base" else before, {})
     seeds = sorted(set(first) & set(found.get(after, {})))
@@ -133,25 +129,7 @@ def change(
         return {}, 0
     rows = [first[seed]["base"] if before == "base" else last(first[seed]) for seed in seeds]
     earlier, later = draws(rows), draws([last(found[after][s]) for s in seeds])
-    known = {k: later[k] - earlier[k] for k in later if k in earlier}
-    if {"general", "kl_instruction"} <= set(known):
-        known["equal_kl"] = known["general"] - per_nat * known["kl_instruction"]
-    return known, len(seeds)
-
-
-def slope(found: Mapping[str, Mapping[int, Rows]]) -> float:
-    """`general` per nat of KL on instructions, over arms and seeds.
-
-    Least squares through the base, at KL 0: how much is forgotten for how far a model went.
-    """
-    up = down = 0.0
-    for rows in (run for by_seed in found.values() for run in by_seed.values()):
-        base, tuned = draws([rows["base"]], 0), draws([last(rows)], 0)
-        if {"kl_instruction", "general"} <= set(tuned):
-            kl = tuned["kl_instruction"][0]
-            up += float(kl * (tuned["general"][0] - base["general"][0]))
-            down += float(kl**2)
-    return up / down if down else 0.0
+    return {k: later[k] - earlier[k] for k in later if k in earlier}, len(seeds)
 
 
 def noise_ratio(kept: Mapping[str, Any], arm: str) -> dict[str, Any] | None:
