@@ -46,10 +46,10 @@ def front(kept: Mapping[str, Any]) -> Figure:
         for arm in arms:
             seen = list(verdicts.values(found, arm).values())
             way = arm.removeprefix("alone_").removeprefix("grpo_")
-            if way not in order and len(seen) > most / 2:
+            if way not in order and len(seen) >= most / 2:
                 order.append(way)
             at = [[100 * one[name] for one in seen] for name in ("general", "domain_lenient")]
-            if len(seen) <= most / 2:
+            if len(seen) < most / 2:
                 axis.plot(*(np.mean(some) for some in at), "x", color="#AAAAAA", ms=6)
                 continue
             i = order.index(way)
@@ -60,7 +60,7 @@ def front(kept: Mapping[str, Any]) -> Figure:
                 *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm, zorder=5,
                 mfc="white" if lost else color_, mew=1.6,
             )  # fmt: skip
-        if any(len(found[arm]) <= most / 2 for arm in arms):
+        if any(len(found[arm]) < most / 2 for arm in arms):
             axis.plot([], [], "x", color="#AAAAAA", ms=6, label="arms of few seeds")
         axis.set_title(regime, fontsize=10)
         axis.set_xlabel("general instructions (%)", color=color("instruction"))
