@@ -95,9 +95,10 @@ def reward_functions(
 def by_length(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """TRL's micro-batches of one step with their rows sorted by length, each cut to its longest.
 
-    TRL pads all to the longest of the step; sums over the step are the same, in another order. With
-    other columns (images, tools, log-probabilities, which GPT-2's places would move) they stay as
-    they are.
+    TRL pads all to the longest of the step. The step's sums are the same in another order, except
+    where a model counts padding as places (GPT-2). The `entropy` that TRL logs, a mean of means of
+    micro-batches, is another where it goes with length. With other columns (images, tools, the KL
+    penalty's log-probabilities) all stays as it is.
 
     >>> ids = torch.tensor([[0, 5, 6], [4, 5, 6]])
     >>> one = {"prompt_ids": ids, "prompt_mask": ids.sign(), "completion_ids": ids.fliplr()}
@@ -141,7 +142,8 @@ class Sampling(Trainer):
     def _prepare_inputs(self, generation_batch):
         held = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is held or self.loss_type == "bnpo":  # its mean is a micro-batch's
+        own = self.loss_type == "bnpo" or self.aux_loss_enabled  # means over a micro-batch
+        if self._buffered_inputs is held or own:
             return inputs
         self._buffered_inputs = by_length(self._buffered_inputs)
         return self._buffered_inputs[self._step % len(self._buffered_inputs)]

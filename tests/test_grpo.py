@@ -107,6 +107,24 @@ def test_less_padding_moves_no_gradient(tmp_path, monkeypatch):
     assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
 
 
+def test_what_is_a_mean_over_a_micro_batch_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "by_length", None)  # would fail where called
+    settings = config.load("pocket", overrides=[
+        "retention.rule=none", "grpo.steps=1", "grpo.prompts=2", "grpo.generations=2",
+        "grpo.micro_batch_size=2", "grpo.max_completion_length=4", "grpo.loss_type=bnpo",
+    ])  # fmt: skip
+    model, tokenizer = models.load(settings.model, say=lambda line: None)
+    model = models.add_lora(model, settings.model, 0)
+    grpo.build(model, tokenizer, QUESTIONS[:2], settings, tmp_path).train()
+
+
+def test_columns_that_are_not_known_leave_the_rows_as_they_are():
+    ones = torch.ones(2, 3, dtype=torch.long)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    batch = dict.fromkeys(names, ones) | {"ref_per_token_logps": ones}
+    assert grpo.by_length([batch]) == [batch]
+
+
 def test_sft_learns_the_reply_and_its_end_and_nothing_else(tmp_path):
     settings = config.load("pocket", overrides=["sft.steps=1", "retention.rule=none"])
     model, tokenizer = models.load(settings.model, say=lambda line: None)

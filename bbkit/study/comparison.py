@@ -116,7 +116,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "tax grpo": partial(tax, regime="grpo"),
     **{family: partial(verdicts.table, family=family) for family in verdicts.FAMILIES},
     **{f"scores of {regime}": partial(reasons.scores, regime=regime) for regime in reasons.REGIMES},
-    "title": verdicts.main,
+    "title": verdicts.title,
     "untaxed": verdicts.untaxed,
     "steps": reasons.steps,
 }

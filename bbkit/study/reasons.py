@@ -10,9 +10,9 @@ from typing import Any
 from bbkit.runs import elsewhere, report, statistics
 from bbkit.study import effects, verdicts
 
-REGIMES = ("SFT", "GRPO on domain questions alone", "the whole method")
+REGIMES = tuple(verdicts.FAMILIES)  # SFT, GRPO on domain questions alone, the whole method
 SCORES = ("domain", "domain_lenient", "general", "area")
-SMALL = 0.01  # of a cosine, or of a coefficient by its weight: less is rounding
+SMALL = 0.01  # of a cosine, of a coefficient by its weight, of a slope by the step's largest
 
 
 def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
@@ -23,9 +23,13 @@ def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
     ['grpo']
     """
     known = {name.rpartition("-")[0]: run["scores"] for name, run in kept["runs"].items()}
-    of = {arm: REGIMES["grpo" in found and 1 + (not arm.startswith("alone"))]
-          for arm, found in known.items()}  # fmt: skip
-    return [arm for arm in known if of[arm] == regime]
+
+    def of(arm: str) -> str:
+        if "grpo" not in known[arm]:
+            return REGIMES[0]
+        return REGIMES[1] if arm.startswith("alone") else REGIMES[2]
+
+    return [arm for arm in known if of(arm) == regime]
 
 
 def scores(kept: Mapping[str, Any], regime: str) -> str:
@@ -131,11 +135,17 @@ def changed(row: Mapping[str, float]) -> bool | None:
 
 
 def raised(prefix: str, end: str) -> Callable[[Mapping[str, float]], bool | None]:
-    """Whether the step raises a loss to first order: slopes that begin and end so."""
+    """Whether the step raises a loss to first order: slopes that begin and end so, rounding apart.
+
+    >>> row = {"step/a/slope": 0.5, "step/a/slope_kept": 1e-8}
+    >>> raised("step/", "/slope")(row), raised("step/", "/slope_kept")(row)
+    (True, False)
+    """
 
     def asks(row: Mapping[str, float]) -> bool | None:
-        found = [v for k, v in row.items() if k.startswith(prefix) and k.endswith(end)]
-        return any(v > 0 for v in found) if found else None
+        known = {k: v for k, v in row.items() if k.startswith(prefix) and "/slope" in k}
+        found = [v for k, v in known.items() if k.endswith(end)]
+        return any(v > SMALL * max(map(abs, known.values())) for v in found) if found else None
 
     return asks
 

@@ -65,7 +65,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
 def brief(found: Mapping[str, Any]) -> dict[str, Any]:
     """The record with the base of a seed only once, and means where prompts are many: the KL along
     replies to questions and to instructions, the losses of each kind of text elsewhere. What
-    training logged has two digits.
+    training logged has two digits, weights and coefficients three.
 
     A quarter of the size, and enough for what goes seed by seed (bbkit.study.verdicts).
     """
@@ -91,7 +91,10 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
                     [_short(fmean(values)) for values in zip(*some, strict=True)]
                     for some in of_kind.values()
                 ]
-        log = {k: [_short(v, 2) for v in values] for k, values in run.get("log", {}).items()}
+        log = {}
+        for key, values in run.get("log", {}).items():
+            digits = 3 if key.startswith(("weight/", "coefficient/")) else 2
+            log[key] = [_short(v, digits) for v in values]
         runs[name] = run | {"scores": scores, "log": log}
     return {"items": items + [[kind, "elsewhere", kind, kind] for kind in kinds], "runs": runs}
 

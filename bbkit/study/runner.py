@@ -19,7 +19,7 @@ from typing import Any
 from bbkit import CannotRun, InputError, Unhealthy, config, exit_code
 from bbkit.machine import files, minutes
 from bbkit.runs import record
-from bbkit.study import comparison, recorded
+from bbkit.study import comparison, recorded, verdicts
 from bbkit.study.arms import ARMS, DECISIVE, FIRST, MAIN, QUICK, Row, schedule
 
 
@@ -85,7 +85,7 @@ def _main(args: argparse.Namespace) -> int:
             if args.record.exists():
                 found = recorded.joined(recorded.read(args.record), found, str(args.record))
             files.write_bytes(args.record, recorded.text(found).encode())
-        print(comparison.told(found))
+        print(verdicts.told(found) if args.decisive else comparison.told(found))
     return 0
 
 

@@ -41,7 +41,8 @@ def test_shares_of_steps_are_those_of_the_gradients():
 
 def test_the_table_says_what_is_known_and_leaves_the_rest_empty():
     cone = {"retention/slope": [0.1, -0.1, 0.2, -0.3], "retention/slope_kept": [None, 0.1, 0, 0]}
-    full = {"step/a/slope": [0.1, -0.1], "step/b/slope": [-0.1, -0.1], "step/a/slope_kept": [0, 0]}
+    full = {"step/a/slope": [0.1, -0.1], "step/b/slope": [-0.1, -0.1]}
+    full["step/a/slope_kept"] = [1e-8, -1e-8]  # what float32 leaves of a bound
     log = {"cone-0": cone, "full-0": full, "full-1": full, "sft-0": {}}
     runs = {n: {"log": found, "scores": {"grpo": {}}} for n, found in log.items()}
     table = reasons.steps({"runs": runs})
