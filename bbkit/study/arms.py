@@ -75,7 +75,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "full": FULL,
     # GRPO on single facts, instead of the questions of two hops that are held out
     "plain": (*_arm("grpo", "fixed"), "data.grpo=[ontology,constraints]"),
-    # what the hypotheses of bbkit.study.comparison change
+    # why nothing stood clear of plain GRPO in pocket.json: a faster controller, a lower floor
     "dynamic_fast": (*_arm(), "grpo.controller.rate=1.0"),
     "static_unfloored": (*_arm(rule="fixed"), "grpo.sigma_floor=0.01"),
 }
