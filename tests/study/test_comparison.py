@@ -193,6 +193,7 @@ def test_noise_is_joined_over_the_seeds_that_show_a_signal():
 STUDIES = (
     "pocket arms", "pocket changes", "pocket claims", "pocket hypotheses", "pocket later",
     "smollm2 arms", "smollm2 attempted", "smollm2 changes", "smollm2 sources",
+    "decisive SFT", "decisive scores of SFT", "decisive steps",
 )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def test_pages_say_what_the_records_say(page, blocks):
     text = page.read_text(encoding="utf-8")
     for block in blocks:
         assert text.count(f"<!-- {block} -->\n") == 1, block
-    for path in (RECORDED, RECORDED.parent / "smollm2.json"):
+    for path in (RECORDED.with_name(f"{name}.json") for name in ("pocket", "smollm2", "decisive")):
         assert comparison.filled(text, recorded.read(path), path.stem) == text
 
 
