@@ -52,7 +52,7 @@ def front(kept: Mapping[str, Any]) -> Figure:
             at = (100 * scores[m][0] for m in ("general", "domain"))
             axis.plot(*at, kind["marker"], color=kind["color"], ms=5, zorder=4)
             continue
-        _mark(axis, scores, ("general", "domain"), kind, ms=9, label=arm, zorder=5)
+        _mark(axis, scores, kind, ms=9, label=arm, zorder=5)
         for row in rows:
             one = effects.draws([row], 0)
             small = 100 * one["general"][0], 100 * one["domain"][0]
@@ -82,13 +82,9 @@ def front(kept: Mapping[str, Any]) -> Figure:
     )
 
 
-def _mark(
-    axis: Axes, scores: effects.Draws, at: tuple[str, str], kind: Mapping[str, Any], **how: Any
-) -> None:
-    """A mark where an arm's scores lie on two measures, with bars; elsewhere is in nats, not %."""
-    (x, *xs), (y, *ys) = (percent(effects.told(scores[m])) for m in at)
-    if at[0] == "elsewhere":
-        x, xs = x / 100, [bound / 100 for bound in xs]
+def _mark(axis: Axes, scores: effects.Draws, kind: Mapping[str, Any], **how: Any) -> None:
+    """A mark where an arm's scores lie, with bars."""
+    (x, *xs), (y, *ys) = (percent(effects.told(scores[m])) for m in ("general", "domain"))
     wide, high = [[x - xs[0]], [xs[1] - x]], [[y - ys[0]], [ys[1] - y]]
     axis.errorbar(x, y, high, wide, color=kind["color"], alpha=0.45, lw=1, capsize=2)
     axis.plot(x, y, ls="", **kind, **how)
@@ -146,7 +142,7 @@ def tax_front(kept: Mapping[str, Any]) -> Figure:
                 continue
             i = order.index(way)
             color_, mark = f"#{COLORS[i % len(COLORS)]}", MARKERS[i % len(MARKERS)]
-            lost = not np.mean([one.get("elsewhere", 9.0) for one in seen]) <= verdicts.NATS
+            lost = np.mean([one.get("elsewhere", np.inf) for one in seen]) > verdicts.NATS
             _cross(axis, at, color_)
             axis.plot(
                 *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm, zorder=5,
