@@ -54,7 +54,7 @@ def front(kept: Mapping[str, Any]) -> Figure:
                 continue
             i = order.index(way)
             color_, mark = f"#{COLORS[i % len(COLORS)]}", MARKERS[i % len(MARKERS)]
-            lost = not np.mean([one.get("elsewhere", 9.0) for one in seen]) <= verdicts.NATS
+            lost = np.mean([one.get("elsewhere", np.inf) for one in seen]) > verdicts.NATS
             _cross(axis, at, color_)
             axis.plot(
                 *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm, zorder=5,

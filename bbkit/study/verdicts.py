@@ -174,6 +174,10 @@ def judged(found: Mapping[str, Mapping[int, Rows]], family: str) -> list[tuple]:
     return rows
 
 
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 HEADS = ("compared", "effect", "seeds", "p (Holm)", "verdict")
 
 
@@ -185,7 +189,7 @@ def lines(kept: Mapping[str, Any], family: str) -> list[list[str]]:
         if seen:
             show = report.nats if contrast.measure == "elsewhere" else report.change_cell
             told = show(seen).strip("*")  # bold is what the whole family allows
-            cells = [f"**{told}**" if p < LEVEL else told, str(seen["n"]), f"{p:.3f}"]
+            cells = [f"**{told}**" if p < LEVEL else told, str(seen["n"]), _p(p)]
         compared = f"{contrast.measure}: {contrast.after} − {contrast.before}"
         found.append([contrast.asks, compared, *cells, said])
     return found
@@ -232,7 +236,7 @@ def untaxed(kept: Mapping[str, Any]) -> str:
             report.change_cell(lost, -1).strip("*"),
             report.nats(worst),
             str(lost["n"]),
-            f"{p:.3f}",
+            _p(p),
         ]
         rows.append([arm, *cells, said])
     heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p (Holm)"]
