@@ -43,7 +43,7 @@ def front(found: Mapping[str, Any]) -> "Figure | None":
         axis.annotate("", points[1], points[0], arrowprops=arrow)
         axis.set(title=domain.replace("/", ", "), xlim=(-2, 102), ylim=(-2, 102))
         axis.set_xlabel("IFEval, prompt strict (%)")
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("accuracy (%)")
     return plots.captioned(
         figure,
@@ -76,7 +76,8 @@ def groups(found: Mapping[str, Any]) -> "Figure | None":
         names = [f"{n.replace('_', ' ')} (n = {g['n']})" for n, g in own.items()]
         axis.set_yticks(range(len(own)), names)
         axis.invert_yaxis()
-        axis.set(xlim=(-2, 102), title=place.replace("/", ", "))
+        axis.set(xlim=(-2, 102))
+        axis.set_title(place.replace("/", ", "), loc="left")
         if place.startswith("biomed_mmlu"):
             axis.axvline(25, ls=":", lw=1, color="black")
         if len(models) > 1:

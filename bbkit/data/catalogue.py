@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -199,6 +200,11 @@ def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Exa
     return examples
 
 
+@cache  # a second's work, which the next run of a notebook asks for again
+def _generated(make: Callable[..., list[Example]], split: str, seed: int) -> list[Example]:
+    return make(split, seed=seed)
+
+
 def load(
     card_name: str,
     split: str,
@@ -222,7 +228,7 @@ def load(
     """
     entry, place = _split(card_name, split), f"{card_name}, split {split}"
     if card_name in GENERATED:
-        made = GENERATED[card_name](split, seed=seed)
+        made = _generated(GENERATED[card_name], split, seed)
         return [replace(e, source=card_name, split=split) for e in made]
     if mine := own.is_own(card_name):
         data_dir = own.folder(card_name)

@@ -80,11 +80,13 @@ def _options(
     # Guess-by-name scored 82 % on cause questions before the first of these rules (gold resembles
     # the disease), always naming the most frequent option 57 % on two hops before the second.
     like = likeness(gold, near)
-    alike = [o for o in usable if likeness(o, near) >= like > 0]
-    usual = [o for o in usable if often.get(o, 0) >= often.get(gold, 0)]
-    for bait, wanted in ((alike, like > 0), (usual, often.get(gold, 0) > 1)):
-        if wanted and rng.random() < 0.8 and not set(bait) & set(picked):
-            fair = [o for o in bait[:12] if not any(_clash(o, p) for p in picked)]
+    for bait, wanted in (
+        (lambda o: likeness(o, near) >= like, like > 0),
+        (lambda o: often.get(o, 0) >= often.get(gold, 0), often.get(gold, 0) > 1),
+    ):
+        if wanted and rng.random() < 0.8 and not any(map(bait, picked)):
+            first = islice(filter(bait, usable), 12)
+            fair = [o for o in first if not any(_clash(o, p) for p in picked)]
             if not fair:
                 return None
             picked.append(rng.choice(fair))
@@ -157,7 +159,8 @@ def _example(
             return None
     else:
         # The ontology has "lujo" and "Lujo hemorrhagic fever" as two terms: what is true of either.
-        same = [s for s in index() if s.casefold() == disease.casefold()]
+        name = disease.casefold()
+        same = [s for s in index() if s.casefold() == name]
         right = [o for s in same for o in index()[s].get(relation, ())]
         # Siblings first: what diseases have that share another fact with this one.
         own = [(r, o) for r, os in index()[disease].items() for o in os if r != relation]

@@ -76,5 +76,5 @@ def said(preset: str | None, minutes: dict[str, float]) -> str:
     if not minutes or not preset:
         return f"minutes: not known, no run of preset {preset} is recorded"
     parts = ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items())
-    whole = f"about {sum(minutes.values()):.0f} on {RECORDED[preset].machine}"
+    whole = f"about {max(1, round(sum(minutes.values())))} on {RECORDED[preset].machine}"
     return f"minutes: {whole} ({parts})"

@@ -22,7 +22,7 @@ SMALL = [
         "retention.budget=0.001", "retention.replies=8", "retention.per_step=4", "grpo.metric=step",
         "grpo.combination=dual_cone", "grpo.advantages=capability", "grpo.controller.rule=deficit",
         "evaluation.questions=12", "evaluation.instructions=12", "evaluation.bootstrap=50",
-        "run.threads=1",
+        "evaluation.max_new_tokens=24", "evaluation.elsewhere=3", "run.threads=1",
     )
 ]  # fmt: skip
 LAUNCH = [
