@@ -23,11 +23,12 @@ from bbkit.data.layouts import fields, normal, parse
 from bbkit.prompts import Example
 
 # Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
+# Kept, since that takes a second, and the next run of a notebook asks for the same.
 GENERATED: dict[str, Callable[..., list[Example]]] = {
-    "ontology": questions.ontology,
-    "ontology_chains": questions.ontology_chains,
-    "constraints": instructions.examples,
-    "pocket_prompts": corpus.prompts,
+    "ontology": cache(questions.ontology),
+    "ontology_chains": cache(questions.ontology_chains),
+    "constraints": cache(instructions.examples),
+    "pocket_prompts": cache(corpus.prompts),
 }
 log = logging.getLogger(__name__)
 
@@ -200,11 +201,6 @@ def _examples(card_name: str, entry: dict, sources: list, hub: bool) -> list[Exa
     return examples
 
 
-@cache  # a second's work, which the next run of a notebook asks for again
-def _generated(make: Callable[..., list[Example]], split: str, seed: int) -> list[Example]:
-    return make(split, seed=seed)
-
-
 def load(
     card_name: str,
     split: str,
@@ -228,7 +224,7 @@ def load(
     """
     entry, place = _split(card_name, split), f"{card_name}, split {split}"
     if card_name in GENERATED:
-        made = _generated(GENERATED[card_name], split, seed)
+        made = GENERATED[card_name](split, seed=seed)
         return [replace(e, source=card_name, split=split) for e in made]
     if mine := own.is_own(card_name):
         data_dir = own.folder(card_name)

@@ -45,12 +45,12 @@ FAMILIES: dict[str, tuple[Contrast, ...]] = {
                  f"{KEPT}_instructions", KEPT, "elsewhere"),
     ),
     "GRPO on domain questions alone": (
-        Contrast("it costs general instructions", "base", "alone", "general"),
+        Contrast("SFT and it cost general instructions", "base", "alone", "general"),
         Contrast(f"{MADE}: better than nothing", "alone", f"alone_{KEPT}"),
         Contrast("a budget on the step: better than nothing", "alone", "alone_step"),
         Contrast("the full method: better than nothing", "alone", "alone_full"),
-        Contrast("orthogonal rewards beside the budget", "alone_step", "alone_full"),
-        Contrast("the penalty against TRL's own KL", "alone_kl", f"alone_{KEPT}"),
+        Contrast("the method's rewards and cone beside the budget", "alone_step", "alone_full"),
+        Contrast("the penalty, in SFT too, against TRL's own KL", "alone_kl", f"alone_{KEPT}"),
         Contrast("the penalty against the budget on the step", "alone_step", f"alone_{KEPT}"),
     ),
     "the whole method": (
@@ -60,14 +60,22 @@ FAMILIES: dict[str, tuple[Contrast, ...]] = {
         Contrast("dynamic weights against static ones", "static", "dynamic"),
         Contrast("orthogonal gradients", "dynamic", "orthogonal"),
         Contrast("orthogonal steps", "dynamic", "orthogonal_step"),
-        Contrast("what the full method adds to dynamic weights", "dynamic", "full"),
+        Contrast("the full method against plain GRPO beside the same budget", "grpo_step", "full"),
         Contrast("the penalty beside plain GRPO", "grpo", f"grpo_{KEPT}"),
         Contrast("the full method against it", f"grpo_{KEPT}", "full"),
+    ),
+    "rewards that conflict": (
+        Contrast("their sum costs what SFT taught", "sft", "conflict"),
+        Contrast("orthogonal gradients", "conflict", "conflict_orthogonal"),
+        Contrast("orthogonal steps", "conflict", "conflict_orthogonal_step"),
+        Contrast("orthogonal steps against orthogonal gradients",
+                 "conflict_orthogonal", "conflict_orthogonal_step"),
     ),
 }  # fmt: skip
 TITLE = {  # the contrasts that answer the paper's title: README's table
     ("base", "sft"), ("sft", KEPT), ("base", "alone"), ("alone", f"alone_{KEPT}"), ("sft", "grpo"),
-    ("static", "dynamic"), ("dynamic", "orthogonal"), ("grpo", "full"),
+    ("static", "dynamic"), ("dynamic", "orthogonal"), ("grpo", "full"), ("grpo_step", "full"),
+    ("conflict", "conflict_orthogonal_step"),
 }  # fmt: skip
 # Arms that claim no tax: general no more than MARGIN below the base's, and the worst kind elsewhere
 # no more than NATS above it; both must hold, so that each is tested at LEVEL.
