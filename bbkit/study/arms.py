@@ -49,6 +49,9 @@ TAX: dict[str, tuple[str, ...]] = {
     **{f"penalty_replies_{n}": (*PENALTY, f"retention.replies={n}") for n in (64, 2048)},
     "penalty_open": (*_kept("penalty", *OPEN), "retention.weight=1"),
     "penalty_weight_1_instructions": (*_kept("penalty", "constraints"), "retention.weight=1"),
+    **{f"averaging_{x}": (f"sft.averaging={x}",) for x in (0.25, 0.75)},
+    **{f"slower_{x}": (f"sft.learning_rate={x}",) for x in ("1e-3", "3e-3")},
+    "replay_third": ("sft.replay=0.33",),
     "replay_half": ("sft.replay=0.5",),  # 500 of the replies that the penalty has 512 of
     "watched": (*STEP, "retention.budget=1000"),  # plain SFT, and what its steps do to the kept KL
     **{

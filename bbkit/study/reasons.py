@@ -11,7 +11,8 @@ from bbkit.runs import elsewhere, report, statistics
 from bbkit.study import effects, verdicts
 
 REGIMES = tuple(verdicts.FAMILIES)  # SFT, GRPO on domain questions alone, whole method, conflict
-SCORES = ("domain", "domain_lenient", "general", "area")
+SCORES = {"domain": "domain, %", "domain_lenient": "domain, leniently, %", "general": "general, %",
+          "area": "area, %", "brevity": "brevity, %"}  # fmt: skip
 SMALL = 0.01  # of a cosine, of a coefficient by its weight, of a slope by the step's largest
 
 
@@ -33,32 +34,33 @@ def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
 
 
 def scores(kept: Mapping[str, Any], regime: str) -> str:
-    """What the arms of a regime score as Markdown, the base first: %, then nats a token.
+    """What the arms of a regime score as Markdown, the base first: in %, then in nats a token.
 
     Of each kind of text elsewhere the KL to the base along it; of the worst the loss above it too.
     """
     found, lines = effects.arms(kept), []
-    heads: list[str] = []
-    for arm in ("base", *arms(kept, regime)):
-        seen = list(verdicts.values(found, arm).values())
-        kinds = elsewhere.by_kind(seen[0])["elsewhere_kl"]
-        shown = [*kinds.values(), *effects.KL]
-        mean = {k: statistics.over_seeds([one[k] for one in seen]) for k in seen[0]}
-        cells = [report.cell(mean[name]) for name in SCORES]
+    seen = {arm: [*verdicts.values(found, arm).values()] for arm in ("base", *arms(kept, regime))}
+    kinds = elsewhere.by_kind(seen["base"][0])["elsewhere_kl"]
+    asked = [name for name in SCORES if any(name in some[0] for some in seen.values())]
+    for arm, some in seen.items():
+        mean = {k: statistics.over_seeds([one[k] for one in some]) for k in some[0]}
+        cells = [report.cell(mean[name]) if name in mean else "" for name in asked]
         worst = mean["elsewhere"]
         cells.append(report.nats(worst) if worst["interval"] else f"{worst['value']:.3f}")
+        shown = (*kinds.values(), *effects.KL)
         cells += [f"{mean[name]['value']:.3f}" if name in mean else "" for name in shown]
-        lines.append([arm, str(len(seen)), *cells])
-        named = (effects.NAMES.get(name, name) for name in SCORES)
-        heads = heads or ["%", "seeds", *named, "worst kind: loss", *(f"KL, {k}" for k in kinds)]
-    return report.markdown([*heads, *effects.KL.values()], lines)
+        lines.append([arm, str(len(some)), *cells])
+    heads = ["arm", "seeds", *(SCORES[name] for name in asked), "worst kind: loss, nats"]
+    heads += [f"KL on texts: {kind}" for kind in kinds]
+    heads += [name.replace("KL,", "KL on replies:") for name in effects.KL.values()]
+    return report.markdown(heads, lines)
 
 
 def steps(kept: Mapping[str, Any]) -> str:
     """What the steps of each arm with GRPO or a limit did, as Markdown; empty where not logged.
 
     In % of steps: two rewards' gradients oppose one another; the weighted sum opposes a reward; the
-    combination changed it; the step that was made, with momentum and Adam's moments, raised a
+    combination changed a weight; the step that was made, with momentum and Adam's moments, raised a
     reward's loss, and the KL along the kept replies; and both after what was cut away from it.
     """
     lines = []
@@ -71,7 +73,7 @@ def steps(kept: Mapping[str, Any]) -> str:
                 cosines = [c for row in rows for c in cosines_of(row).values()]
                 mean = f"{sum(cosines) / len(cosines):.2f}" if cosines else ""
                 lines.append([arm, str(len(rows)), mean, *told])
-    return report.markdown(["% of steps", "steps", "mean cosine", *ASKED], lines)
+    return report.markdown(["arm", "steps", "mean cosine", *ASKED], lines)
 
 
 def by_step(log: Mapping[str, Sequence[Any]]) -> list[dict[str, float]]:
@@ -151,11 +153,11 @@ def raised(prefix: str, end: str) -> Callable[[Mapping[str, float]], bool | None
 
 
 ASKED: dict[str, Callable[[Mapping], bool | None]] = {
-    "two rewards oppose": oppose,
+    "two rewards oppose, % of steps": oppose,
     "the sum opposes one": opposed,
-    "combination changed it": changed,
-    "the step raised a reward's loss": raised("step/", "/slope"),
-    "after the cut": raised("step/", "/slope_kept"),
-    "the step raised the kept KL": raised("retention/", "/slope"),
-    "after its cut": raised("retention/", "/slope_kept"),
+    "combination changed a weight": changed,
+    "a reward's loss rises, Adam's step": raised("step/", "/slope"),
+    "the same, step taken": raised("step/", "/slope_kept"),
+    "kept KL rises, Adam's step": raised("retention/", "/slope"),
+    "kept KL rises, step taken": raised("retention/", "/slope_kept"),
 }

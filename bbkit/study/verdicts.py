@@ -247,7 +247,7 @@ def untaxed(kept: Mapping[str, Any]) -> str:
             _p(p),
         ]
         rows.append([arm, *cells, said])
-    heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p (Holm)"]
+    heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p of no tax (Holm)"]
     return report.markdown([*heads, "verdict"], rows)
 
 

@@ -49,9 +49,10 @@ def test_the_table_says_what_is_known_and_leaves_the_rest_empty():
     head, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
     found = {line[0]: dict(zip(head, line, strict=False)) for line in lines}
     assert set(found) == {"cone", "full"}
-    assert found["cone"]["the step raised the kept KL"] == "50"
-    assert found["cone"]["after its cut"] == "33" and found["cone"]["steps"] == "4"
+    assert found["cone"]["kept KL rises, Adam's step"] == "50"
+    assert found["cone"]["kept KL rises, step taken"] == "33" and found["cone"]["steps"] == "4"
     assert (
-        found["full"]["steps"] == "4" and found["full"]["the step raised a reward's loss"] == "50"
+        found["full"]["steps"] == "4"
+        and found["full"]["a reward's loss rises, Adam's step"] == "50"
     )
-    assert found["full"]["after the cut"] == "0"
+    assert found["full"]["the same, step taken"] == "0"
