@@ -34,7 +34,7 @@ class Contrast(NamedTuple):
 KEPT, MADE = "penalty_weight_1", "KL penalty on the base's broad replies"
 FAMILIES: dict[str, tuple[Contrast, ...]] = {
     "SFT": (
-        Contrast("SFT costs general instructions", "base", "sft", "general"),
+        Contrast("SFT costs instruction following", "base", "sft", "general"),
         Contrast(f"{MADE}: better than nothing", "sft", KEPT),
         Contrast("a budget on the step: better than nothing", "sft", "step"),
         Contrast("the penalty against weight averaging", "averaging", KEPT),
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[Contrast, ...]] = {
                  f"{KEPT}_instructions", KEPT, "elsewhere"),
     ),
     "GRPO on domain questions alone": (
-        Contrast("SFT and it cost general instructions", "base", "alone", "general"),
+        Contrast("SFT and it cost instruction following", "base", "alone", "general"),
         Contrast(f"{MADE}: better than nothing", "alone", f"alone_{KEPT}"),
         Contrast("a budget on the step: better than nothing", "alone", "alone_step"),
         Contrast("the full method: better than nothing", "alone", "alone_full"),
