@@ -52,10 +52,12 @@ def test_an_arm_alone_is_the_same_run(made, tmp_path):
     words = shlex.split(read_json(made / "conflict_orthogonal-0" / "run.json")["command"])[3:]
     words[words.index("--out") + 1] = str(tmp_path / "alone")
     assert train.main(words) == 0
-    for part in ("adapter/adapter_model.safetensors", "evaluation.json"):
-        assert (tmp_path / "alone" / part).read_bytes() == (
-            made / "conflict_orthogonal-0" / part
-        ).read_bytes()
+    one, other = tmp_path / "alone", made / "conflict_orthogonal-0"
+    file = "adapter/adapter_model.safetensors"
+    assert (one / file).read_bytes() == (other / file).read_bytes()
+    ours, theirs = (read_json(run / "evaluation.json") for run in (one, other))
+    assert ours["grpo"] == theirs["grpo"] and "brevity" in theirs["grpo"]
+    assert "brevity" in ours["sft"]  # which the shared SFT was not asked
 
 
 def test_again_only_the_table_is_made(made, capsys):
