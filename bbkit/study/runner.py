@@ -216,5 +216,6 @@ def fork(source: Path, target: Path, settings: Mapping[str, Any], command: Seque
         manifest |= {"settings": settings, "status": "forked", "end": None}
         manifest |= {"command": shlex.join(command), "git": record.machine()["git"]}
         manifest["forked_from"] = source.name
+        manifest.pop("rewards", None)  # the files of own ones; the target's may be others
         files.write_json(half / "run.json", manifest)
         half.rename(target)

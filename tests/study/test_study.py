@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,16 +21,21 @@ from bbkit.study import arms, comparison, recorded, runner
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    assert runner.main(["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(out), *TINY]) == 0
+    assert (
+        runner.main(
+            ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(out), *TINY]
+        )
+        == 0
+    )
     return out
 
 
 def test_arms_share_the_sft_and_differ_in_grpo(made):
-    runs = {name: made / f"{name}-0" for name in ("sft", "grpo", "orthogonal")}
+    runs = {name: made / f"{name}-0" for name in ("sft", "grpo", "conflict_orthogonal")}
     file = "adapter/adapter_model.safetensors"
     assert len({(run / "sft" / file).read_bytes() for run in runs.values()}) == 1
     assert len({(run / file).read_bytes() for run in runs.values()}) == 3
-    for arm in ("grpo", "orthogonal"):
+    for arm in ("grpo", "conflict_orthogonal"):
         manifest = read_json(runs[arm] / "run.json")
         assert manifest["forked_from"] == "sft-0" and manifest["status"] == "done"
         assert manifest["settings"]["grpo"]["steps"] == 2 and "--out" in manifest["command"]
@@ -43,43 +49,48 @@ def test_an_arm_alone_is_the_same_run(made, tmp_path):
     """The shared SFT is what the arm's own command would have trained."""
     from bbkit import train
 
-    words = read_json(made / "orthogonal-0" / "run.json")["command"].split()[3:]
+    words = shlex.split(read_json(made / "conflict_orthogonal-0" / "run.json")["command"])[3:]
     words[words.index("--out") + 1] = str(tmp_path / "alone")
     assert train.main(words) == 0
-    for part in ("adapter/adapter_model.safetensors", "evaluation.json"):
-        assert (tmp_path / "alone" / part).read_bytes() == (
-            made / "orthogonal-0" / part
-        ).read_bytes()
+    one, other = tmp_path / "alone", made / "conflict_orthogonal-0"
+    file = "adapter/adapter_model.safetensors"
+    assert (one / file).read_bytes() == (other / file).read_bytes()
+    ours, theirs = (read_json(run / "evaluation.json") for run in (one, other))
+    assert ours["grpo"] == theirs["grpo"] and "brevity" in theirs["grpo"]
+    assert "brevity" in ours["sft"]  # which the shared SFT was not asked
 
 
 def test_again_only_the_table_is_made(made, capsys):
     assert (
-        runner.main(["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made), *TINY]) == 0
+        runner.main(
+            ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made), *TINY]
+        )
+        == 0
     )
     said, _, table = capsys.readouterr().out.strip().partition("\n")
     assert said == "3 runs, all there"
     lines = table.partition("\n\n")[0].splitlines()
     assert [line.split("|")[1].strip() for line in lines] == [
-        "%", "---", "base", "sft", "grpo", "orthogonal",
+        "%", "---", "base", "sft", "grpo", "conflict_orthogonal",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
-    words = ["--table", "--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made)]
+    words = ["--table", "--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made)]
     assert runner.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
     told = comparison.told(kept)
     assert told == capsys.readouterr().out.strip()
-    assert kept["runs"]["orthogonal-0"]["command"].startswith("python -m bbkit.train")
-    rows = read_rows(made / "orthogonal-0" / "evaluation" / "grpo.jsonl")
+    assert kept["runs"]["conflict_orthogonal-0"]["command"].startswith("python -m bbkit.train")
+    rows = read_rows(made / "conflict_orthogonal-0" / "evaluation" / "grpo.jsonl")
     text = (tmp_path / "study.json").read_text()
     told = ("instruction", "elsewhere")  # whose ids, and whose names, are in the record
     assert not any(row["question"] in text for row in rows if row["task"] not in told)
     first = rows[0]
-    told = kept["runs"]["orthogonal-0"]["replies"]["grpo"][first["source"]]
+    told = kept["runs"]["conflict_orthogonal-0"]["replies"]["grpo"][first["source"]]
     assert told == {"id": first["id"], "reply": first["reply"]}
-    again = recorded.unpack(kept, "orthogonal-0")
+    again = recorded.unpack(kept, "conflict_orthogonal-0")
     assert set(again) == {"base", "sft", "grpo"}
     for ours, row in zip(again["grpo"], rows, strict=True):
         assert all(ours[name] == row[name] for name in recorded.ITEM)
@@ -90,27 +101,32 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
 def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     file = tmp_path / "study.json"
     words = ["--table", "--seeds", "0", "--out", str(made), "--record", str(file)]
-    for chosen in ("grpo", "grpo,orthogonal"):
+    for chosen in ("grpo", "grpo,conflict_orthogonal"):
         assert runner.main([*words, "--arms", chosen]) == 0
     kept = recorded.read(file)
-    assert set(kept["runs"]) == {"sft-0", "grpo-0", "orthogonal-0"}
+    assert set(kept["runs"]) == {"sft-0", "grpo-0", "conflict_orthogonal-0"}
     scores = kept["runs"]["sft-0"]["scores"]["sft"]
     scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
     file.write_text(recorded.text(kept))
-    assert runner.main([*words, "--arms", "orthogonal"]) == 2
+    assert runner.main([*words, "--arms", "conflict_orthogonal"]) == 2
     assert "sft-0 scored otherwise there" in capsys.readouterr().err
     scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
-    kept["runs"]["orthogonal-5"] = kept["runs"]["orthogonal-0"] | {"retention": {"rule": "step"}}
+    kept["runs"]["conflict_orthogonal-5"] = kept["runs"]["conflict_orthogonal-0"] | {
+        "retention": {"rule": "step"}
+    }
     file.write_text(recorded.text(kept))
-    assert runner.main([*words, "--arms", "orthogonal"]) == 2
-    assert "orthogonal-5 keeps replies otherwise than orthogonal-0" in capsys.readouterr().err
+    assert runner.main([*words, "--arms", "conflict_orthogonal"]) == 2
+    assert (
+        "conflict_orthogonal-5 keeps replies otherwise than conflict_orthogonal-0"
+        in capsys.readouterr().err
+    )
     file.write_text("[]")
-    assert runner.main([*words, "--arms", "orthogonal"]) == 2
+    assert runner.main([*words, "--arms", "conflict_orthogonal"]) == 2
     assert "not a record" in capsys.readouterr().err
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
-    words = ["--arms", "grpo,orthogonal", "--seeds", "0", "--out", str(made), *TINY]
+    words = ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made), *TINY]
     assert runner.main([*words, "--set", "grpo.steps=3"]) == 2
     assert "grpo-0: grpo.steps was 2 and is now 3" in capsys.readouterr().err
 
