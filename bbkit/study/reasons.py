@@ -10,7 +10,7 @@ from typing import Any
 from bbkit.runs import elsewhere, report, statistics
 from bbkit.study import effects, verdicts
 
-REGIMES = tuple(verdicts.FAMILIES)  # SFT, GRPO on domain questions alone, whole method, conflict
+REGIMES = tuple(verdicts.FAMILIES)  # the last two: rewards that conflict
 SCORES = {"domain": "domain, %", "domain_lenient": "domain, leniently, %", "general": "general, %",
           "area": "area, %", "brevity": "brevity, %"}  # fmt: skip
 SMALL = 0.01  # of a cosine, of a coefficient by its weight, of a slope by the step's largest
@@ -28,7 +28,7 @@ def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
     def of(arm: str) -> str:
         if "grpo" not in known[arm]:
             return REGIMES[0]
-        return REGIMES[{"alone": 1, "conflict": 3}.get(arm.partition("_")[0], 2)]
+        return REGIMES[{"alone": 1, "conflict": 3, "mild": 4}.get(arm.partition("_")[0], 2)]
 
     return [arm for arm in known if of(arm) == regime]
 

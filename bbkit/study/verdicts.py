@@ -71,11 +71,16 @@ FAMILIES: dict[str, tuple[Contrast, ...]] = {
         Contrast("orthogonal steps against orthogonal gradients",
                  "conflict_orthogonal", "conflict_orthogonal_step"),
     ),
+    "rewards that conflict mildly": (
+        Contrast("their sum costs what SFT taught", "sft", "mild"),
+        Contrast("orthogonal gradients", "mild", "mild_orthogonal"),
+        Contrast("orthogonal steps", "mild", "mild_orthogonal_step"),
+    ),
 }  # fmt: skip
 TITLE = {  # the contrasts that answer the paper's title: README's table
     ("base", "sft"), ("sft", KEPT), ("base", "alone"), ("alone", f"alone_{KEPT}"), ("sft", "grpo"),
     ("static", "dynamic"), ("dynamic", "orthogonal"), ("grpo", "full"), ("grpo_step", "full"),
-    ("conflict", "conflict_orthogonal_step"),
+    ("conflict", "conflict_orthogonal_step"), ("mild", "mild_orthogonal_step"),
 }  # fmt: skip
 # Arms that claim no tax: general no more than MARGIN below the base's, and the worst kind elsewhere
 # no more than NATS above it; both must hold, so that each is tested at LEVEL.
