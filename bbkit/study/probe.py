@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,9 @@ def _jackknife(statistic, groups) -> tuple[float, float]:
 def opposed(trainer) -> dict[str, dict[str, float]]:
     """Train, and count along the steps that were really taken, momentum and all, how often each
     loss rises to first order: ⟨g_k, Δθ⟩ > 0. `cosine` is the mean one of g_k and −Δθ.
+
+    "…, next batch": the same step by the gradient that the following one finds, where it begins, on
+    completions that no combination has seen.
     """
     import torch
     from transformers import PrinterCallback, TrainerCallback
@@ -242,15 +246,18 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
     seen: dict[str, list[float]] = {}
 
     class Count(TrainerCallback):
+        last = None  # the step before
+
         def on_pre_optimizer_step(self, *_, **__):
             self.before = flat()
 
         def on_step_end(self, *_, **__):
-            move = flat() - self.before
-            for name, row in trainer.observed.items():
-                if row.norm() > 0 and move.norm() > 0:  # a warm-up's first step is of length 0
+            moves = {"": flat() - self.before, ", next batch": self.last}
+            for (name, row), (batch, move) in product(trainer.observed.items(), moves.items()):
+                if move is not None and row.norm() > 0 and move.norm() > 0:  # not so in a warm-up
                     cosine = (row @ move) / (row.norm() * move.norm())
-                    seen.setdefault(name, []).append(cosine.item())
+                    seen.setdefault(name + batch, []).append(cosine.item())
+            self.last = moves[""]
 
     def flat():
         return torch.nn.utils.parameters_to_vector(trainer.capture.parameters.values()).detach()

@@ -73,8 +73,12 @@ def test_plain_descent_along_the_dual_cone_raises_no_loss(run, tmp_path):
     """Without momentum the step is the combined gradient's own, so the promise holds exactly."""
     changed = {"steps": 3, "optimizer": "sgd", "scheduler": "constant"}
     found = probe.opposed(probe.trainer_at(at(run), tmp_path, changed))
-    assert all(row["share"] == 0 and row["cosine"] > -1e-6 for row in found.values()), found
-    assert max(row["cosine"] for row in found.values()) > 0.05, found
+    own = {name: row for name, row in found.items() if "," not in name}
+    assert all(row["share"] == 0 and row["cosine"] > -1e-6 for row in own.values()), found
+    assert max(row["cosine"] for row in own.values()) > 0.05, found
+    later = {name: found[f"{name}, next batch"] for name in own}
+    assert all(0 < row["n"] < 3 for row in later.values()) and len(found) == 2 * len(own)
+    assert all(later[n]["cosine"] != own[n]["cosine"] for n in own)
 
 
 def test_the_residual_of_the_first_order_is_of_the_second(trainer):
@@ -113,7 +117,7 @@ def test_command_prints_and_writes_every_figure(run, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert set(found["noise"]["gdpo"]) == {"all", "low", "high", "ratio", "interval"}
     assert found["opposed_adam"] and found["opposed_euclidean"]
-    assert all(row["share"] == 0 for row in found["opposed_step"].values())
+    assert all(r["share"] == 0 for n, r in found["opposed_step"].items() if "next" not in n)
     assert f"| {probe.OURS} |" in capsys.readouterr().out
     assert probe.main([str(tmp_path / "none")]) == 2
     assert "no run.json" in capsys.readouterr().err
