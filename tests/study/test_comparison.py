@@ -194,6 +194,7 @@ STUDIES = (
     "pocket arms", "pocket changes", "pocket claims", "pocket hypotheses", "pocket later",
     "smollm2 arms", "smollm2 attempted", "smollm2 changes", "smollm2 sources",
     "decisive SFT", "decisive scores of SFT", "decisive steps",
+    "decisive rewards that conflict", "decisive scores of rewards that conflict",
 )  # fmt: skip
 
 
