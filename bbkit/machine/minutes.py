@@ -72,6 +72,8 @@ def said(preset: str | None, minutes: dict[str, float]) -> str:
 
     >>> said("smollm2-cpu", {"sft": 25.0})
     'minutes: about 25 on one core that computes in bfloat16 (sft 25.0)'
+    >>> said("pocket", {"sft": 0.2}).startswith("minutes: about 1 on")
+    True
     """
     if not minutes or not preset:
         return f"minutes: not known, no run of preset {preset} is recorded"

@@ -24,8 +24,12 @@ def _kept(rule: str, *prompts: str) -> tuple[str, ...]:
     return (f"retention.rule={rule}", "retention.weight=0.2", *on)
 
 
-BROAD = tuple(f"pocket_prompts/{kind}" for kind in ("chat", "question", "echo", "instruction"))
-CHAT, QUESTION, ECHO, INSTRUCTION = BROAD
+def _less(kind: str) -> tuple[str, ...]:
+    """A penalty on the replies of every kind but one."""
+    return _kept("penalty", *(f"pocket_prompts/{other}" for other in KINDS if other != kind))
+
+
+KINDS = ("chat", "question", "echo", "instruction")
 PENALTY, STEP = _kept("penalty"), _kept("step")
 # Prompts of open data for a real model, where its preset's are `self`.
 OPEN = ("general_instructions", "general_instructions/seed_tasks", "constraints")
@@ -41,8 +45,7 @@ TAX: dict[str, tuple[str, ...]] = {
     "step": STEP,
     "penalty_instructions": _kept("penalty", "constraints"),
     "step_instructions": _kept("step", "constraints"),
-    "penalty_less_chat": _kept("penalty", QUESTION, ECHO, INSTRUCTION),
-    "penalty_less_instruction": _kept("penalty", CHAT, QUESTION, ECHO),
+    **{f"penalty_less_{kind}": _less(kind) for kind in ("chat", "instruction")},
     # one knob of retention changed at a time
     **{f"penalty_weight_{x}": (*PENALTY, f"retention.weight={x}") for x in (0.05, 1, 5)},
     **{f"step_budget_{x}": (*STEP, f"retention.budget={x}") for x in (0.002, 0.03)},
@@ -54,13 +57,7 @@ TAX: dict[str, tuple[str, ...]] = {
     "replay_third": ("sft.replay=0.33",),
     "replay_half": ("sft.replay=0.5",),  # 500 of the replies that the penalty has 512 of
     "watched": (*STEP, "retention.budget=1000"),  # plain SFT, and what its steps do to the kept KL
-    **{
-        f"penalty_weight_1_less_{out.rpartition('/')[2]}": (
-            *_kept("penalty", *(kind for kind in BROAD if kind != out)),
-            "retention.weight=1",
-        )
-        for out in BROAD
-    },
+    **{f"penalty_weight_1_less_{kind}": (*_less(kind), "retention.weight=1") for kind in KINDS},
 }
 ALONE = ("grpo.instruction_share=0.0",)
 # The whole method on the step: no reward falls, and its budget holds.
@@ -133,7 +130,7 @@ DECISIVE = (
      "penalty_weight_1_instructions", 20),
     ("slower,dft", 6),
     ("replay_half", 20),
-    (",".join(name for name in TAX if name.startswith("penalty_weight_1_less_")), 6),
+    (",".join(f"penalty_weight_1_less_{kind}" for kind in KINDS), 6),
     ("watched", 3),
     ("conflict,conflict_orthogonal,conflict_orthogonal_step", 6),
     ("conflict_pcgrad,conflict_upgrad,conflict_aligned_mtl", 3),

@@ -254,7 +254,8 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
         def on_step_end(self, *_, **__):
             moves = {"": flat() - self.before, ", next batch": self.last}
             for (name, row), (batch, move) in product(trainer.observed.items(), moves.items()):
-                if move is not None and row.norm() > 0 and move.norm() > 0:  # not so in a warm-up
+                # no step is before the first, and a warm-up's first is of length 0
+                if move is not None and row.norm() > 0 and move.norm() > 0:
                     cosine = (row @ move) / (row.norm() * move.norm())
                     seen.setdefault(name + batch, []).append(cosine.item())
             self.last = moves[""]

@@ -17,16 +17,13 @@ from bbkit import InputError, Unhealthy, config
 from bbkit.machine.files import read_json, read_rows
 from bbkit.study import arms, comparison, recorded, runner
 
+TWO = ["--arms", "grpo,conflict_orthogonal", "--seeds", "0"]  # the second has a reward of its own
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    assert (
-        runner.main(
-            ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(out), *TINY]
-        )
-        == 0
-    )
+    assert runner.main([*TWO, "--out", str(out), *TINY]) == 0
     return out
 
 
@@ -61,12 +58,7 @@ def test_an_arm_alone_is_the_same_run(made, tmp_path):
 
 
 def test_again_only_the_table_is_made(made, capsys):
-    assert (
-        runner.main(
-            ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made), *TINY]
-        )
-        == 0
-    )
+    assert runner.main([*TWO, "--out", str(made), *TINY]) == 0
     said, _, table = capsys.readouterr().out.strip().partition("\n")
     assert said == "3 runs, all there"
     lines = table.partition("\n\n")[0].splitlines()
@@ -77,7 +69,7 @@ def test_again_only_the_table_is_made(made, capsys):
 
 
 def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
-    words = ["--table", "--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made)]
+    words = ["--table", *TWO, "--out", str(made)]
     assert runner.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
     told = comparison.told(kept)
@@ -126,7 +118,7 @@ def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
 
 
 def test_a_finished_arm_of_other_settings_is_not_taken_for_this_one(made, capsys):
-    words = ["--arms", "grpo,conflict_orthogonal", "--seeds", "0", "--out", str(made), *TINY]
+    words = [*TWO, "--out", str(made), *TINY]
     assert runner.main([*words, "--set", "grpo.steps=3"]) == 2
     assert "grpo-0: grpo.steps was 2 and is now 3" in capsys.readouterr().err
 
