@@ -121,8 +121,8 @@ MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # scored against another, a reviewer's reading brought `grpo_step` to 12 seeds, as the one arm that
 # differs from `full` in its GRPO alone; the arms `conflict`, since the rewards of the others hardly
 # oppose one another, in the place of six combinations of rewards in GRPO on domain questions alone;
-# and after SFT, whose verdicts were known, three kinds of arms that are only shown. All arms
-# `conflict` then ended without any domain accuracy, where none can differ: the arms `mild` were
+# and after SFT, whose verdicts were known, three kinds of arms that are only shown. All contrasted
+# arms `conflict` then ended without a right answer, where none can differ: the arms `mild` were
 # added, before the first of them ran.
 FIRST = 200
 DECISIVE = (

@@ -4,6 +4,7 @@ Serves the claims on orthogonality and on the tax. Values are of seeds, with Stu
 over them as in `bbkit.study.verdicts`; shares of steps are over all seeds of an arm.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ REGIMES = tuple(verdicts.FAMILIES)  # the last two: rewards that conflict
 SCORES = {"domain": "domain, %", "domain_lenient": "domain, leniently, %", "general": "general, %",
           "area": "area, %", "brevity": "brevity, %"}  # fmt: skip
 SMALL = 0.01  # of a cosine, of a coefficient by its weight, of a slope by the step's largest
+DEAD = 1e-3  # of the longest gradient
+KEPT = "retention/slope_kept"  # how the step that is taken changes the kept KL, to first order
 
 
 def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
@@ -61,7 +64,8 @@ def steps(kept: Mapping[str, Any]) -> str:
 
     In % of steps: two rewards' gradients oppose one another; the weighted sum opposes a reward; the
     combination changed a weight; the step that was made, with momentum and Adam's moments, raised a
-    reward's loss, and the KL along the kept replies; and both after what was cut away from it.
+    reward's loss, and the KL along the kept replies; and both after what was cut away from it. The
+    last is by how much the step that was taken raised that KL in the mean, to first order.
     """
     lines = []
     for regime in REGIMES:
@@ -72,8 +76,12 @@ def steps(kept: Mapping[str, Any]) -> str:
             if any(told):
                 cosines = [c for row in rows for c in cosines_of(row).values()]
                 mean = f"{sum(cosines) / len(cosines):.2f}" if cosines else ""
-                lines.append([arm, str(len(rows)), mean, *told])
-    return report.markdown(["arm", "steps", "mean cosine", *ASKED], lines)
+                rises = [row[KEPT] for row in rows if KEPT in row]
+                mean_rise = f"{1000 * sum(rises) / len(rises):+.1f}" if rises else ""
+                lines.append([arm, str(len(rows)), mean, *told, most_opposed(rows), mean_rise])
+    heads = ["arm", "steps", "mean cosine", *ASKED, "the sum opposes most often, % of steps",
+             "mean rise of kept KL, 0.001 nats"]  # fmt: skip
+    return report.markdown(heads, lines)
 
 
 def by_step(log: Mapping[str, Sequence[Any]]) -> list[dict[str, float]]:
@@ -88,41 +96,59 @@ def by_step(log: Mapping[str, Sequence[Any]]) -> list[dict[str, float]]:
     ]
 
 
-def share(rows: Sequence[Mapping], asks: Callable[[Mapping], bool | None]) -> str:
+def share(rows: Sequence[Mapping], asks: Callable[[Mapping], bool | list | None]) -> str:
     """In how many per cent of the steps of which it is known something holds; "" of none."""
-    known = [found for found in map(asks, rows) if found is not None]
+    known = [bool(found) for found in map(asks, rows) if found is not None]
     return f"{100 * sum(known) / len(known):.0f}" if known else ""
 
 
+def most_opposed(rows: Sequence[Mapping]) -> str:
+    """The reward that the sum goes against most often, and in how many per cent of the steps."""
+    counts = Counter(name for row in rows for name in opposed(row) or ())
+    return "".join(f"{name}, {100 * n / len(rows):.0f}" for name, n in counts.most_common(1))
+
+
+def sizes(row: Mapping[str, float]) -> dict[str, float]:
+    """The length of each reward's gradient by its weight, of a step that logged cosines.
+
+    Without those under DEAD of the longest: a reward that every reply earns has a gradient of
+    rounding errors, which opposes the others every second step.
+
+    >>> row = {"cosine/a/b": -0.5, "weight/a": 0.9, "weight/b": 0.1}
+    >>> sizes(row | {"gradient_norm/a": 1.0, "gradient_norm/b": 1e-6})
+    {'a': 0.9}
+    """
+    names = {n for k in row if k.startswith("cosine/") for n in k.split("/")[1:]}
+    found = {n: row[f"gradient_norm/{n}"] * row[f"weight/{n}"] for n in sorted(names)}
+    return {n: size for n, size in found.items() if size > DEAD * max(found.values())}
+
+
 def cosines_of(row: Mapping[str, float]) -> dict[tuple[str, str], float]:
-    """The cosine of each two rewards' gradients of a step."""
+    """The cosine of each two rewards' gradients of a step, neither of them dead."""
+    alive = sizes(row).keys()
     parts = ((k.split("/"), v) for k, v in row.items())
-    return {(k[1], k[2]): v for k, v in parts if k[0] == "cosine"}
+    return {(k[1], k[2]): v for k, v in parts if k[0] == "cosine" and alive >= {k[1], k[2]}}
 
 
 def oppose(row: Mapping[str, float]) -> bool | None:
     """Whether two rewards' gradients have a negative inner product."""
-    found = cosines_of(row)
-    return any(c < -SMALL for c in found.values()) if found else None
+    return any(c < -SMALL for c in cosines_of(row).values()) if sizes(row) else None
 
 
-def opposed(row: Mapping[str, float]) -> bool | None:
-    """Whether the sum of the gradients by their weights goes against one of them.
+def opposed(row: Mapping[str, float]) -> list[str] | None:
+    """The rewards whose gradients the sum by their weights goes against.
 
     >>> row = {"cosine/a/b": -0.5, "weight/a": 0.9, "weight/b": 0.1}
     >>> opposed(row | {"gradient_norm/a": 1.0, "gradient_norm/b": 1.0})
-    True
+    ['b']
     """
-    found = cosines_of(row)
-    size = {n: row.get(f"gradient_norm/{n}", 0.0) * row.get(f"weight/{n}", 0.0)
-            for pair in found for n in pair}  # fmt: skip
+    size = sizes(row)
     total = dict(size)  # of each, the sum's part along it
-    for (a, b), cosine in found.items():
+    for (a, b), cosine in cosines_of(row).items():
         total[a] += size[b] * cosine
         total[b] += size[a] * cosine
-    return (
-        any(t < -SMALL * max(size.values()) for t in total.values()) if any(size.values()) else None
-    )
+    least = -SMALL * max(size.values(), default=0.0)
+    return [n for n, part in total.items() if part < least] if size else None
 
 
 def changed(row: Mapping[str, float]) -> bool | None:
@@ -152,7 +178,7 @@ def raised(prefix: str, end: str) -> Callable[[Mapping[str, float]], bool | None
     return asks
 
 
-ASKED: dict[str, Callable[[Mapping], bool | None]] = {
+ASKED: dict[str, Callable[[Mapping], bool | list | None]] = {
     "two rewards oppose, % of steps": oppose,
     "the sum opposes one": opposed,
     "combination changed a weight": changed,

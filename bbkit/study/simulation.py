@@ -96,8 +96,17 @@ def wrongly_untaxed(found: Mapping, seeds: int, count: int = 1000) -> float:
     return hits / count
 
 
+def decided(spread: float, seeds: int, contrasts: int = 9, count: int = 1000) -> list[float]:
+    """Share of studies in which the first of a family's contrasts, whose seeds differ by `spread`,
+    is told apart where it differs by the margin, and told not to differ where it does not."""
+    drawn = np.random.default_rng(0).normal(0, spread, (count, seeds))
+    apart = [verdicts.paired(row)["p"] < LEVEL / contrasts for row in (drawn + MARGIN).tolist()]
+    none = [verdicts.paired(row)["p_none"] < LEVEL / contrasts for row in drawn.tolist()]
+    return [sum(apart) / count, sum(none) / count]
+
+
 def told(kept: Mapping[str, Any]) -> str:
-    """Both tables as Markdown, of the contrasts that the record has seeds of."""
+    """The tables as Markdown, of the contrasts that the record has seeds of."""
     found, lines, families = effects.arms(kept), [], []
     for family, contrasts in FAMILIES.items():
         known = [c for c in contrasts if "base" not in (c.before, c.after)]
@@ -116,10 +125,16 @@ def told(kept: Mapping[str, Any]) -> str:
             families.append([family, str(len(some)), *cells])
     cells = [f"{100 * wrongly_untaxed(found, n):.1f}" for n in SEEDS[1:]]
     families.append(["no tax", "", *cells])
+    power = [
+        [f"{100 * spread:.0f} points",
+         *(" / ".join(f"{100 * x:.0f}" for x in decided(spread, n)) for n in SEEDS)]
+        for spread in (0.02, 0.03, 0.04)
+    ]  # fmt: skip
     seeds = [f"{n} seeds" for n in SEEDS]
     return "\n\n".join((
         report.markdown(["covers, %: bootstrap / Student, these prompts / others", *seeds], lines),
         report.markdown(["wrong, %: differs / none / either", "contrasts", *seeds[1:]], families),
+        report.markdown(["decided, %, first of 9: 3 points / none; spread", *seeds], power),
     ))  # fmt: skip
 
 

@@ -32,11 +32,20 @@ def test_shares_of_steps_are_those_of_the_gradients():
         inner = g @ g.T
         against = inner @ w / np.linalg.norm(g, axis=1)  # the sum along each, per unit of it
         if abs(against.min()) > 0.02 * (w * np.linalg.norm(g, axis=1)).max():
-            assert reasons.opposed(row) == bool(against.min() < 0)
+            assert bool(reasons.opposed(row)) == bool(against.min() < 0)
         cosines = inner / np.sqrt(np.outer(np.diag(inner), np.diag(inner)))
         assert reasons.oppose(row) == bool(cosines.min() < -reasons.SMALL)
         assert reasons.changed(row) == bool((abs(c - w) > 2 * reasons.SMALL * w).any())
     assert reasons.share(seen, reasons.changed) == "25"
+
+
+def test_a_gradient_of_next_to_nothing_opposes_none():
+    gradients = np.array([[1.0, 0], [0.9, 0.1], [-1e-5, 0]])
+    (row,) = reasons.by_step(logged([(gradients, np.ones(3) / 3, np.ones(3) / 3)]))
+    assert reasons.oppose(row) is False and reasons.opposed(row) == []
+    gradients[2] *= 1e4
+    (row,) = reasons.by_step(logged([(gradients, np.ones(3) / 3, np.ones(3) / 3)]))
+    assert reasons.oppose(row) and reasons.most_opposed([row, row]) == "c, 100"
 
 
 def test_the_table_says_what_is_known_and_leaves_the_rest_empty():

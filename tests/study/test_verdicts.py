@@ -66,6 +66,13 @@ def test_each_of_the_four_verdicts_comes_where_it_is_true():
     assert told["orthogonal gradients"].startswith("undecided; takes about ")
 
 
+def test_a_floor_is_no_equivalence():
+    shift = dict.fromkeys(("conflict", "conflict_orthogonal"), -1.0)
+    told = said(study(shift=shift), "rewards that conflict")
+    assert told["orthogonal gradients"] == "none to see: both are 0"
+    assert told["orthogonal steps"] == "better"
+
+
 def test_what_has_not_run_is_said_and_counts():
     kept = study(shift={"full": 0.05}, noise=0.025, seeds=6)
     p = {c.after + c.before: p for c, _, p, _ in judged(verdicts.effects.arms(kept), FULL)}
@@ -100,8 +107,8 @@ def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
 def test_the_front_page_has_a_line_of_each_contrast_that_the_title_asks():
     kept = study()
     lines = [line.split(" | ") for line in verdicts.title(kept).splitlines()[2:]]
-    assert len(lines) == len(verdicts.TITLE) == 11
-    assert {line[0].strip("| ") for line in lines} == {*FAMILIES}
+    assert len(lines) == len(verdicts.TITLE) == 8
+    assert {line[0].strip("| ") for line in lines} < {*FAMILIES}  # one had no room to differ
     for family, *rest in lines:  # as the page of all has it
         assert " | ".join(rest) in verdicts.told(kept), family
 
