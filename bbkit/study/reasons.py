@@ -119,8 +119,9 @@ def sizes(row: Mapping[str, float]) -> dict[str, float]:
     {'a': 0.9}
     """
     names = {n for k in row if k.startswith("cosine/") for n in k.split("/")[1:]}
-    found = {n: row[f"gradient_norm/{n}"] * row[f"weight/{n}"] for n in sorted(names)}
-    return {n: size for n, size in found.items() if size > DEAD * max(found.values())}
+    norms = {n: row[f"gradient_norm/{n}"] for n in sorted(names)}
+    alive = (n for n, norm in norms.items() if norm > DEAD * max(norms.values()))
+    return {n: norms[n] * row[f"weight/{n}"] for n in alive}
 
 
 def cosines_of(row: Mapping[str, float]) -> dict[tuple[str, str], float]:
