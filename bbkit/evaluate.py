@@ -18,8 +18,7 @@ from bbkit.data import instructions, questions
 from bbkit.machine.generation import generate as generate  # the notebooks' name for it
 from bbkit.prompts import Example
 from bbkit.runs import measures
-from bbkit.runs.measures import cluster as cluster  # this and the next two as generate
-from bbkit.runs.measures import difference as difference
+from bbkit.runs.measures import difference as difference  # this and the next as generate
 from bbkit.runs.measures import summary as summary
 
 

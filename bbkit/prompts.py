@@ -8,7 +8,7 @@ reasoning is none. Text outside is ignored here and costs format. Linear time: f
 
 import hashlib
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import ascii_uppercase
@@ -95,26 +95,6 @@ def closing(tokenizer) -> int | None:
     tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("REPLY")[2]
     first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
     return first[0] if first and first[0] in tokenizer.added_tokens_decoder else None
-
-
-def batches(rows: Sequence[Sequence[int]], tokenizer, model) -> Iterator:
-    """Token rows in batches of like length: their places, tokens and mask, on the model's device.
-
-    Padded on the right; as many as leave the logits of a batch at LOGITS numbers, or one.
-    """
-    import torch
-
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    while order:
-        width = len(rows[order[0]])
-        most = max(1, LOGITS // (model.config.vocab_size * width))
-        chosen, order = order[:most], order[most:]
-        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, : len(rows[i])] = torch.tensor(rows[i])
-            mask[row, : len(rows[i])] = 1
-        yield chosen, ids.to(model.device), mask.to(model.device)
 
 
 @lru_cache(maxsize=8)  # each reward reads the same reply

@@ -36,12 +36,8 @@ def rows(examples: Sequence[Example]) -> list[dict]:
 def precision(model) -> dict:
     """The trainer's bf16/fp16 fields: on a CPU none, else what the model computes in."""
     on_gpu = next(model.parameters()).is_cuda
-    dtypes = {p.dtype for p in model.parameters()}
-    return {
-        "use_cpu": not on_gpu,
-        "bf16": on_gpu and torch.bfloat16 in dtypes,
-        "fp16": on_gpu and torch.float16 in dtypes,
-    }
+    kinds = {p.dtype for p in model.parameters() if on_gpu}
+    return {"use_cpu": not on_gpu, "bf16": torch.bfloat16 in kinds, "fp16": torch.float16 in kinds}
 
 
 def arguments(section, settings: Settings, folder: Path) -> dict:

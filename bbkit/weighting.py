@@ -220,7 +220,5 @@ def agreement(controller: Controller, stats: Stats) -> list[float] | None:
     return controller.raised([sum(row) / size for row in stats.gramian]) if size > 0 else None
 
 
-CONTROLLERS = {
-    rule.__name__: partial(Controller, rule)
-    for rule in (fixed, deficit, variance, covariance, agreement)
-}
+RULES = (fixed, deficit, variance, covariance, agreement)
+CONTROLLERS = {rule.__name__: partial(Controller, rule) for rule in RULES}

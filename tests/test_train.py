@@ -401,7 +401,7 @@ def test_50_kills_at_any_moment_end_in_the_same_bits(whole, disk):
             2,
             "no split of ifeval 'train'",
         ),
-        (kept("sft.replay=0.1", "retention.prompts=[no.jsonl]"), 2, "no.jsonl: cannot read"),
+        (kept("sft.replay=0.1", "retention.prompts=[no.jsonl]"), 2, "no.jsonl: cannot be read"),
         (
             kept("retention.rule=step", "retention.prompts=[self]", "retention.replies=8"),
             2,

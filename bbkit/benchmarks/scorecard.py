@@ -7,16 +7,22 @@ its prompts, n, interval, device and seconds, since each of them moves it.
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bbkit.benchmarks.scoreplots import MARKS, front, groups, main_measure
 from bbkit.machine.files import write_bytes
 from bbkit.runs import plots, statistics
+from bbkit.runs.measures import mean
 from bbkit.runs.report import cell, change_cell, markdown, nats
 
 DRAWS = 2000  # resamples of the bootstrap
 FOUR = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+# Of (value, prompt): a prompt's values go together, several instructions of it for example.
+_mean = partial(mean, draws=DRAWS, shares=True)
 
 
 def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -28,47 +34,36 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ordered = sorted(rows, key=lambda row: row["id"])
     prompt = hashlib.sha256("".join(row["prompt"] for row in ordered).encode()).hexdigest()[:12]
     found: dict[str, Any] = {"prompt": prompt, "cut": sum(row.get("cut", False) for row in rows)}
-    if known := [(row["id"], row["kl"]) for row in rows if "kl" in row]:
+    if known := [(row["kl"], row["id"]) for row in rows if "kl" in row]:
         found["kl"] = _mean(known, shares=False)
-    parts: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    parts: dict[str, list[tuple[float, str]]] = defaultdict(list)
     if "prompt_strict" in rows[0]:
-        for name in (*FOUR, "answer_strict"):
-            found[name] = _mean([(r["id"], float(kept)) for r in rows for kept in _many(r[name])])
+        for name in (*FOUR, "answer_strict"):  # some have a verdict for each instruction
+            kept = [(float(v), r["id"]) for r in rows for v in np.atleast_1d(r[name])]
+            found[name] = _mean(kept)
         for row in rows:
-            for kind, kept in zip(row["kinds"], row["instruction_strict"], strict=True):
-                parts[kind.split(":")[0]].append((row["id"], float(kept)))
+            for kind, held in zip(row["kinds"], row["instruction_strict"], strict=True):
+                parts[kind.split(":")[0]].append((float(held), row["id"]))
         return found | {"groups": {kind: _mean(pairs) for kind, pairs in sorted(parts.items())}}
-    found["accuracy"] = _mean([(row["id"], row["right"]) for row in rows])
+    found["accuracy"] = _mean([(row["right"], row["id"]) for row in rows])
     given = [row for row in rows if row["answer"] is not None]
     if "reply" in rows[0]:
-        found["parsed"] = _mean([(row["id"], float(row["answer"] is not None)) for row in rows])
+        found["parsed"] = _mean([(float(row["answer"] is not None), row["id"]) for row in rows])
         if given:
-            found["accuracy_parsed"] = _mean([(row["id"], row["right"]) for row in given])
+            found["accuracy_parsed"] = _mean([(row["right"], row["id"]) for row in given])
     for row in rows:
-        parts[row["entity"]].append((row["id"], row["right"]))
+        parts[row["entity"]].append((row["right"], row["id"]))
     if 1 < len(parts) < len(rows):
         found["groups"] = {name: _mean(pairs) for name, pairs in sorted(parts.items())}
         found["macro"] = _macro(parts)
     return found
 
 
-def _many(verdicts: float | Sequence[bool]) -> Sequence[float]:
-    return verdicts if isinstance(verdicts, Sequence) else [verdicts]
-
-
-def _mean(pairs: Sequence[tuple[str, float]], shares: bool = True) -> dict[str, Any]:
-    """Of (prompt, value): a prompt's values go together, several instructions of it for example."""
-    prompts, values = zip(*pairs, strict=True)
-    low, high = statistics.interval(values, prompts, DRAWS, shares)
-    return {"value": sum(values) / len(values), "n": len(values), "interval": [low, high]}
-
-
-def _macro(groups: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, Any]:
+def _macro(groups: Mapping[str, Sequence[tuple[float, str]]]) -> dict[str, Any]:
     """The mean of the groups' means, with a bootstrap within each group (scipy, percentiles)."""
-    import numpy as np
     from scipy.stats import bootstrap
 
-    columns = [np.array([value for _, value in pairs]) for pairs in groups.values()]
+    columns = [np.array([value for value, _ in pairs]) for pairs in groups.values()]
 
     def mean_of_means(*samples, axis):
         return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
@@ -76,9 +71,8 @@ def _macro(groups: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, Any]:
     found = bootstrap(
         columns, mean_of_means, n_resamples=DRAWS, method="percentile", paired=False, rng=0
     ).confidence_interval
-    value = statistics.macro((k, v) for k, pairs in groups.items() for _, v in pairs)
-    bounds = [float(found.low), float(found.high)]
-    return {"value": value, "n": sum(map(len, columns)), "interval": bounds}
+    value, bounds = mean_of_means(*columns, axis=0), [float(found.low), float(found.high)]
+    return {"value": float(value), "n": sum(map(len, columns)), "interval": bounds}
 
 
 def results(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -90,13 +84,10 @@ def results(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> 
     cells: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         cells[row["model"]][f"{row['task']}/{row['protocol']}"].append(row)
-    found: dict[str, Any] = {
-        model: {
-            place: measures(some) | {"seconds": seconds.get(f"{model}/{place}")}
-            for place, some in places.items()
-        }
-        for model, places in cells.items()
-    }
+    found: dict[str, Any] = {model: {} for model in cells}
+    for model, places in cells.items():
+        for place, some in places.items():
+            found[model][place] = measures(some) | {"seconds": seconds.get(f"{model}/{place}")}
     if "tuned" in found:
         found["difference"] = {p: _paired(cells, p) for p in cells["base"]}
         adjusted = statistics.holm({p: d["p"] for p, d in found["difference"].items()})
@@ -107,11 +98,9 @@ def results(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> 
 
 def _paired(cells: Mapping[str, Mapping[str, Sequence[Mapping]]], place: str) -> dict[str, Any]:
     name = main_measure(place).replace("accuracy", "right")
-    before, after = (
-        {row["id"]: row[name] for row in cells[model][place]} for model in ("base", "tuned")
-    )
+    before, after = ({row["id"]: row[name] for row in cells[m][place]} for m in ("base", "tuned"))
     ids = sorted(before)
-    found = _mean([(i, after[i] - before[i]) for i in ids], shares=False)
+    found = _mean([(after[i] - before[i], i) for i in ids], shares=False)
     return found | statistics.mcnemar([before[i] > 0 for i in ids], [after[i] > 0 for i in ids])
 
 

@@ -12,7 +12,7 @@ from bbkit import InputError, prompts
 from bbkit.config import Settings
 from bbkit.data import catalogue, instructions, layouts, replies
 from bbkit.data.replies import Reply
-from bbkit.machine import processes
+from bbkit.machine import files, processes
 from bbkit.prompts import Example
 
 
@@ -50,11 +50,7 @@ def of_run(
 
 
 def _of_file(path: Path) -> list[dict]:
-    try:
-        rows = layouts.parse(str(path), path.read_bytes(), "jsonl")
-    except OSError as error:
-        raise InputError(f"retention.prompts {path}: cannot read ({error.strerror})") from error
-    if not rows:
+    if not (rows := layouts.parse(str(path), files.read(path), "jsonl")):
         raise InputError(f"retention.prompts {path}: no rows")
     return [row for _, row in rows]
 

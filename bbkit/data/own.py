@@ -176,11 +176,7 @@ def _named(name: str, found: Sequence[Row], columns: Columns) -> dict[str, list[
 
 def _draft(name: str, place: str, row: Mapping, named: Mapping[str, list[str]]) -> Example:
     """A row as it stands, its answer as written."""
-    one = {
-        field: tables.text(row.get(cells[0]))
-        for field, cells in named.items()
-        if field != "options"
-    }
+    one = {k: tables.text(row.get(cells[0])) for k, cells in named.items() if k != "options"}
     for field in ("question", "answer", "id"):
         if not one.get(field, place):
             raise ValueError(f"its {named[field][0]} is empty; fill it, or delete the row")

@@ -87,12 +87,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_bytes(path, "".join(lines).encode(errors="replace"))
 
 
+def read(path: Path) -> bytes:
+    """The bytes of a file; InputError naming it where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; InputError naming it when it is missing or broken."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror})") from error
+        return json.loads(read(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
@@ -133,9 +139,7 @@ def yaml_value(text: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; InputError naming the file where it holds none."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration ({error.strerror})") from error
+        text = read(path).decode()
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     return yaml_tree(text, str(path))

@@ -5,7 +5,6 @@ Serves every claim: what is measured is what is made here.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from bbkit import prompts
 from bbkit.prompts import Example
@@ -47,26 +46,37 @@ def greedy(
 
     `pad` may be any token, an end too: padding is masked, and replies are cut by what ends them.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    left: Any = {"batch_first": True, "padding_side": "left"}
-    # The longest first: what does not fit in memory fails at once, not after an hour.
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     found: list[list[int]] = [[] for _ in asked]
     with undisturbed(model):
-        while order:
-            most = max(1, batch_tokens // (len(asked[order[0]]) + max_new_tokens))
-            chosen, order = order[:most], order[most:]
-            rows = [torch.tensor(asked[i]) for i in chosen]
-            ids = pad_sequence(rows, padding_value=pad, **left).to(model.device)
-            mask = pad_sequence([torch.ones_like(r) for r in rows], **left).to(model.device)
+        room = (batch_tokens, max_new_tokens)
+        for chosen, ids, mask in _batches(asked, model.device, pad, "left", *room):
             new = _greedy(model, ids, mask, max_new_tokens, ends, pad)
             for i, tokens in zip(chosen, new, strict=True):
                 found[i] = cut(tokens, ends)
             if progress:
                 progress(len(chosen))
     return found
+
+
+def _batches(rows, device, pad: int, side: str, most: int, more: int = 0) -> Iterator:
+    """Token rows in batches of like length: their places, tokens and mask, padded on a side.
+
+    A batch has at most `most` tokens with `more` for each row, or one row. The longest come first:
+    what does not fit in memory fails at once, not after an hour.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while order:
+        count = max(1, most // (len(rows[order[0]]) + more))
+        chosen, order = order[:count], order[count:]
+        some = [torch.tensor(rows[i]) for i in chosen]
+        ids, mask = (
+            pad_sequence(parts, True, value, side).to(device)
+            for parts, value in ((some, pad), ([torch.ones_like(row) for row in some], 0))
+        )
+        yield chosen, ids, mask
 
 
 def cut(tokens: list[int], ends: Collection[int]) -> list[int]:
@@ -166,7 +176,11 @@ def beside_base(
     import torch
 
     with undisturbed(model):
-        for chosen, ids, mask in prompts.batches([whole for whole, _ in rows], tokenizer, model):
+        most = prompts.LOGITS // model.config.vocab_size
+        wholes = [whole for whole, _ in rows]
+        for chosen, ids, mask in _batches(
+            wholes, model.device, tokenizer.pad_token_id, "right", most
+        ):
             first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
             inputs = {"attention_mask": mask, "logits_to_keep": ids.shape[1] - first}
             told = []

@@ -38,14 +38,10 @@ def judged(
 
 def _tokens(tokenizer, example: Example, reasoning: str) -> tuple[tuple[int, ...], int]:
     """Tokens of prompt, reasoning and gold answer, and where those of the answer begin."""
-    prompt = tokenizer.apply_chat_template(
-        prompts.messages(example), add_generation_prompt=True, tokenize=False
-    )
-    said = f"<reasoning>{reasoning}</reasoning><answer>"
-    before, answer = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (prompt + said, example.answer)
-    )
+    turns = prompts.messages(example)
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    said = [f"{prompt}<reasoning>{reasoning}</reasoning><answer>", example.answer]
+    before, answer = tokenizer(said, add_special_tokens=False)["input_ids"]
     return (*before, *answer), len(before)
 
 

@@ -26,11 +26,8 @@ if TYPE_CHECKING:  # at run time unsloth has to be imported before these
 Say = Callable[[str], Any]
 # Else it calls the Hub, and packs sequences into one row, where one pass (bbkit.gradients) cannot
 # tell them apart.
-UNSLOTH = {
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    "UNSLOTH_GRPO_SEQ_PACKING": "0",
-    "UNSLOTH_GRPO_PREFIX_GROUPER": "0",
-}
+UNSLOTH = dict.fromkeys(("UNSLOTH_GRPO_SEQ_PACKING", "UNSLOTH_GRPO_PREFIX_GROUPER"), "0")
+UNSLOTH["UNSLOTH_DISABLE_STATISTICS"] = "1"
 # On a CPU with AVX-512 BF16 it warns, when imported, of a kernel of the Hub's that it does without.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 PADDINGS = ("<|endoftext|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>")

@@ -229,13 +229,9 @@ def save(folder: Path, figures: Mapping[str, "Figure | None"]) -> dict[str, str]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """evaluation.json, or {}; measures without a value are left out."""
+    """evaluation.json, or {}."""
     path = folder / "evaluation.json"
-    stages = read_json(path) if path.exists() else {}
-    return {
-        stage: {k: v for k, v in measures.items() if v.get("value", 0) is not None}
-        for stage, measures in stages.items()
-    }
+    return read_json(path) if path.exists() else {}
 
 
 def percent(measure: Mapping[str, Any]) -> tuple[float, float, float]:

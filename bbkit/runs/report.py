@@ -63,11 +63,12 @@ def headline(results: Mapping[str, Measures]) -> list[str]:
     names = [m for m in NAMES if m in measured] + sorted(measured - set(NAMES))
     head = ["measure (%)", "n", *(STAGES[s] for s in stages)]
     head += [f"{STAGES[b]} − {STAGES[a]} (points)" for a, b in steps]
+    changed = [results.get("difference", {}).get(f"{b}-{a}", {}) for a, b in steps]
     lines = []
     for name in names:
         cells = [NAMES.get(name, name), count_of(results, name)]
         cells += [cell(results[s].get(name)) for s in stages]
-        lines.append([*cells, *(_change(results, a, b, name) for a, b in steps)])
+        lines.append([*cells, *(change_cell(paired.get(name)) for paired in changed)])
     notes = ["Held-out prompts only; brackets are 95 % intervals, bold changes exclude 0."]
     baselines = results.get("baseline", {})
     if known := [f"{BASELINES[k]} {cell(v)}" for k, v in baselines.items() if k in BASELINES]:
@@ -138,16 +139,6 @@ def _retention(settings: Mapping[str, Any], logged: Sequence[Mapping]) -> list[s
     return ["## Retention", head, _bullets(lines)] if lines else []
 
 
-def _change(results: Mapping[str, Any], a: str, b: str, name: str) -> str:
-    """The change from stage a to b in points, with the paired interval where there is one."""
-    paired = results.get("difference", {}).get(f"{b}-{a}", {}).get(name)
-    if paired:
-        return change_cell(paired)
-    if name in results[a] and name in results[b]:
-        return f"{percent(results[b][name])[0] - percent(results[a][name])[0]:+.1f}"
-    return ""
-
-
 def change_cell(measure: Mapping[str, Any] | None, sign: int = 1) -> str:
     """A change in points, bold where its interval excludes 0; `sign` -1 turns gain into loss."""
     if measure is None:
@@ -203,8 +194,7 @@ def _replies(rows: Sequence[Mapping[str, Any]], most: int = 3) -> list[str]:
         gold = stages[prompt][0].get("gold")
         parts += ["**Prompt**", _fenced(prompt), *([f"gold: {gold}"] if gold else [])]
         for row in stages[prompt]:
-            known = row["rewards"].items() if isinstance(row.get("rewards"), Mapping) else ()
-            scores = ", ".join(f"{k} {v:g}" for k, v in known if v is not None)
+            scores = ", ".join(f"{k} {v:g}" for k, v in row["rewards"].items() if v is not None)
             parts += [f"**{STAGES[row['stage']]}** ({scores})", _fenced(row["reply"])]
     return parts or ["No samples were written."]
 

@@ -122,18 +122,6 @@ def crossed(table: np.ndarray, draws: int) -> np.ndarray:
     return np.concatenate([[value], sums[:, 0] / sums[:, 1]])
 
 
-def macro(values: Iterable[tuple[str, float]]) -> float:
-    """Mean over groups of the mean in each; the plain mean of all items is the micro one.
-
-    >>> macro([("anatomy", 1.0), ("genetics", 0.0), ("genetics", 1.0)])
-    0.75
-    """
-    groups: dict[str, list[float]] = defaultdict(list)
-    for group, value in values:
-        groups[group].append(value)
-    return sum(sum(g) / len(g) for g in groups.values()) / len(groups)
-
-
 def hypervolume(points: Iterable[tuple[float, float]]) -> float:
     """Area that points (both axes to be raised) dominate above (0, 0).
 

@@ -114,17 +114,8 @@ FROM |= {"alone_full": "step", "full": "step"}
 # seeds; added before any run of another weight was looked at. So it came: weight 1, in all presets.
 MAIN = "averaging,grpo,gdpo,static,dynamic,full"
 # The decisive study, in the order of its runs: arms and how many of its seeds. Seeds are new, and
-# settings those that validation chose; committed with bbkit.study.verdicts before the first run.
-# At the spread of seeds 100 to 102, and of pocket.json, SFT's contrasts take 10 to 25 seeds, the
-# whole method's 6 to 16, those of GRPO on domain questions alone 4 to 8. Before the first GRPO run,
-# whose 5 to 7 minutes on one core had not been known, the last regime went from 12 seeds to 8,
-# `orthogonal` to 6, and what is only shown from 6 to 3. After six GRPO runs, none of which had been
-# scored against another, a reviewer's reading brought `grpo_step` to 12 seeds, as the one arm that
-# differs from `full` in its GRPO alone; the arms `conflict`, since the rewards of the others hardly
-# oppose one another, in the place of six combinations of rewards in GRPO on domain questions alone;
-# and after SFT, whose verdicts were known, three kinds of arms that are only shown. All contrasted
-# arms `conflict` then ended without a right answer, where none can differ: the arms `mild` were
-# added, before the first of them ran.
+# settings those that validation chose; committed with bbkit.study.verdicts before the first run,
+# and amended as notebooks/recorded/README.md#design says.
 FIRST = 200
 DECISIVE = (
     ("averaging,replay,cone,step,step_instructions,penalty_weight_1,"

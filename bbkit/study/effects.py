@@ -46,19 +46,14 @@ def last(rows: Rows) -> Sequence[Mapping]:
     return rows["grpo"] if "grpo" in rows else rows["sft"]
 
 
-def models(found: Mapping[str, Mapping[int, Rows]]) -> dict[str, list[Sequence[Mapping]]]:
-    """Item rows of each seed's last model, by arm; `base` is the untrained one."""
-    rows: dict[str, list[Sequence[Mapping]]] = {"base": [r["base"] for r in found["sft"].values()]}
-    return rows | {arm: [last(r) for r in seeds.values()] for arm, seeds in found.items()}
-
-
 def scores(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[Draws, int]]:
     """Every measure of each arm's last model with its draws, and the number of seeds; base first.
 
     `regime` "sft" or "grpo" asks for the arms without, or with, GRPO on domain questions alone.
     """
-    found = {}
-    for arm, rows in models(arms(kept)).items():
+    found, known = {}, arms(kept)
+    ends = {arm: [last(r) for r in seeds.values()] for arm, seeds in known.items()}
+    for arm, rows in ({"base": [r["base"] for r in known["sft"].values()]} | ends).items():
         alone = arm.partition("_")[0] == "alone"
         if not regime or arm == "base" or alone == (regime == "grpo"):
             found[arm] = draws(rows), len(rows)

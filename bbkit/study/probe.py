@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bbkit import CannotRun, InputError, config, exit_code
@@ -268,10 +269,6 @@ def opposed(trainer) -> dict[str, dict[str, float]]:
     trainer.add_callback(Count())
     trainer.train()
     return {
-        name: {
-            "share": sum(c > 1e-6 for c in found) / len(found),
-            "cosine": -sum(found) / len(found),
-            "n": len(found),
-        }
-        for name, found in seen.items()
+        name: {"share": fmean(c > 1e-6 for c in some), "cosine": -fmean(some), "n": len(some)}
+        for name, some in seen.items()
     }

@@ -83,13 +83,9 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
             scores[stage] = {k: v[: len(items)] for k, v in columns.items() if k != "kl"}
             scores[stage]["kl"] = _means(columns["kl"], general)
             if pairs:
-                of_kind = {
-                    kind: [pair for pair, other in zip(pairs, texts, strict=True) if other == kind]
-                    for kind in kinds
-                }
+                some = ([p for p, t in zip(pairs, texts, strict=True) if t == k] for k in kinds)
                 scores[stage]["elsewhere"] = [
-                    [_short(fmean(values)) for values in zip(*some, strict=True)]
-                    for some in of_kind.values()
+                    [_short(fmean(values)) for values in zip(*own, strict=True)] for own in some
                 ]
         log = {}
         for key, values in run.get("log", {}).items():

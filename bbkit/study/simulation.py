@@ -30,12 +30,8 @@ def spreads(found: Mapping, before: str, after: str, name: str) -> tuple[int, li
     runs, clusters = table.shape
     left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     rest = float((left**2).sum() / ((runs - 1) * (clusters - 1)))
-    of_seeds, of_prompts = table.mean(1).var(ddof=1), table.mean(0).var(ddof=1)
-    return clusters, [
-        max(0.0, of_seeds - rest / clusters),
-        max(0.0, of_prompts - rest / runs),
-        rest,
-    ]
+    seen, asked = table.mean(1).var(ddof=1), table.mean(0).var(ddof=1)
+    return clusters, [max(0.0, seen - rest / clusters), max(0.0, asked - rest / runs), rest]
 
 
 def coverage(seeds: int, clusters: int, spread: Sequence[float], count: int = 400) -> list[float]:

@@ -12,13 +12,13 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from bbkit import config, gradients, prompts
 from bbkit.data import questions
@@ -91,7 +91,7 @@ def _once(variant: str, model, batch: tuple[Tensor, Tensor]) -> tuple[float, flo
     """Run it in what a real run computes in: 16 bit by autocast where the kit's trainers would."""
     on = precision(model)
     half = torch.bfloat16 if on["bf16"] else torch.float16
-    with torch.autocast(model.device.type, half) if on["bf16"] or on["fp16"] else nullcontext():
+    with torch.autocast(model.device.type, half, enabled=on["bf16"] or on["fp16"]):
         return VARIANTS[variant](model, *batch)
 
 
@@ -99,10 +99,7 @@ def terms(model, ids: Tensor) -> Tensor:
     """The mean log-loss of the second half of each sequence: (sequences,)."""
     kept = ids.shape[1] // 2
     logits = model(input_ids=ids, logits_to_keep=kept + 1).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), ids[:, -kept:], reduction="none"
-    )
-    return loss.mean(1)
+    return cross_entropy(logits.transpose(1, 2), ids[:, -kept:], reduction="none").mean(1)
 
 
 def _timed(

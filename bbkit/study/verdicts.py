@@ -248,12 +248,7 @@ def untaxed(kept: Mapping[str, Any]) -> str:
         lost, worst = both["lost"], both["worst"]
         taxed = any(one["interval"][0] > one["margin"] for one in (lost, worst))
         said = "no tax" if p < LEVEL else "taxed" if taxed else "undecided"
-        cells = [
-            report.change_cell(lost, -1).strip("*"),
-            report.nats(worst),
-            str(lost["n"]),
-            _p(p),
-        ]
+        cells = [report.change_cell(lost, -1).strip("*"), report.nats(worst), str(lost["n"]), _p(p)]
         rows.append([arm, *cells, said])
     heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p of no tax (Holm)"]
     return report.markdown([*heads, "verdict"], rows)

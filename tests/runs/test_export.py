@@ -76,7 +76,7 @@ def test_nothing_is_overwritten_or_left_half_done(run, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda run: (run / "run.json").unlink(), "run.json: cannot read"),
+        (lambda run: (run / "run.json").unlink(), "run.json: cannot be read"),
         (lambda run: (run / "run.json").write_text("[]"), "not the manifest of a run"),
         (lambda run: (run / "adapter" / models.ADAPTER).unlink(), "no adapter here"),
     ],

@@ -1,6 +1,5 @@
 """Figures and the report, from a made-up run folder that looks like a real one."""
 
-import json
 import math
 import random
 import re
@@ -159,16 +158,9 @@ def test_unfinished_runs_have_a_report_too(tmp_path, stages):
 
 def test_odd_evaluations_do_not_stop_the_report(tmp_path):
     fake_run(tmp_path, steps=1)
-    one = {"value": 0.5, "n": 3}  # no interval; a measure of another kit; a value that is missing
-    write_json(
-        tmp_path / "evaluation.json",
-        {"base": {"domain": one, "ifeval_strict": one, "reasoning": {"value": None, "n": 0}}},
-    )
-    sample = {"stage": "grpo", "step": 1, "kind": "train", "prompt": "Why?", "reply": "So."}
-    line = json.dumps(sample | {"rewards": [1.0, None]}) + "\n"  # not by name: no scores shown
-    (tmp_path / "samples.jsonl").write_text(line)
+    one = {"value": 0.5, "n": 3}  # no interval; a measure of another kit
+    write_json(tmp_path / "evaluation.json", {"base": {"domain": one, "ifeval_strict": one}})
     text = report.write(tmp_path).read_text()
-    assert "**GRPO** ()" in text and "So." in text
     assert "| ifeval_strict | 3 | 50.0 |" in text
     assert "reasoning validity" not in text
 
