@@ -12,6 +12,7 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _once(variant: str, model, batch: tuple[Tensor, Tensor]) -> tuple[float, flo
     """Run it in what a real run computes in: 16 bit by autocast where the kit's trainers would."""
     on = precision(model)
     half = torch.bfloat16 if on["bf16"] else torch.float16
-    with torch.autocast(model.device.type, half, enabled=on["bf16"] or on["fp16"]):
+    with torch.autocast(model.device.type, half) if on["bf16"] or on["fp16"] else nullcontext():
         return VARIANTS[variant](model, *batch)
 
 
