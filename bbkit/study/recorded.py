@@ -16,6 +16,7 @@ from bbkit.machine import files
 from bbkit.runs import elsewhere, report
 
 ITEM = ("id", "task", "entity", "source")
+UNREAD = ("entropy", "unparsed", "retention/kl", "retention/cut")  # of LOGGED, in `brief`
 LOGGED = ("entropy", "unparsed", *(f"{kind}/" for kind in (
     "reward", "weight", "coefficient", "cosine", "gradient_norm", "step", "retention",
 )))  # fmt: skip
@@ -65,7 +66,7 @@ def pack(folders: Sequence[Path]) -> dict[str, Any]:
 def brief(found: Mapping[str, Any]) -> dict[str, Any]:
     """The record with the base of a seed only once, and means where prompts are many: the KL along
     replies to questions and to instructions, the losses of each kind of text elsewhere. What
-    training logged has two digits, weights and coefficients three.
+    training logged has two digits, weights and coefficients three, and what no table reads is gone.
 
     A quarter of the size, and enough for what goes seed by seed (bbkit.study.verdicts).
     """
@@ -80,7 +81,8 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
             del scores["base"]
         for stage, columns in scores.items():
             pairs = columns.get("elsewhere", [])
-            scores[stage] = {k: v[: len(items)] for k, v in columns.items() if k != "kl"}
+            parts = {k: _whole(v)[: len(items)] for k, v in columns.items() if k != "kl"}
+            scores[stage] = {k: _lead(v) for k, v in parts.items()}
             scores[stage]["kl"] = _means(columns["kl"], general)
             if pairs:
                 some = ([p for p, t in zip(pairs, texts, strict=True) if t == k] for k in kinds)
@@ -89,6 +91,8 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
                 ]
         log = {}
         for key, values in run.get("log", {}).items():
+            if key in UNREAD:
+                continue
             digits = 3 if key.startswith(("weight/", "coefficient/")) else 2
             log[key] = [_short(v, digits) for v in values]
         runs[name] = run | {"scores": scores, "log": log}
@@ -178,6 +182,23 @@ def _marks(values: list[float | int | None]) -> str | list:
     return "".join(known[v] for v in values) if set(values) <= set(known) else values
 
 
+def _lead(marks: Any) -> Any:
+    """Marks with how many "-" they begin with, instead of them: of instructions, after questions.
+
+    >>> _lead("-" * 12 + "01-"), _whole("12|01-") == "-" * 12 + "01-"
+    ('12|01-', True)
+    """
+    known = marks.lstrip("-") if isinstance(marks, str) and "|" not in marks else marks
+    return f"{len(marks) - len(known)}|{known}" if len(known) < len(marks) else marks
+
+
+def _whole(marks: Any) -> Any:
+    if isinstance(marks, str) and "|" in marks:
+        count, _, known = marks.partition("|")
+        return "-" * int(count) + known
+    return marks
+
+
 def _short(value: float | None, digits: int = 4) -> float | int | None:
     if value is None:
         return None
@@ -198,7 +219,7 @@ def unpack(found: Mapping[str, Any], name: str) -> Rows:
     if not rows and "base" not in run["scores"] and name != first in found["runs"]:  # `brief`
         rows = {"base": unpack(found, first)["base"]}
     for stage, columns in run["scores"].items():
-        rows[stage], columns = [], dict(columns)
+        rows[stage], columns = [], {k: _whole(v) for k, v in columns.items()}
         texts, means = iter(columns.pop("elsewhere", ())), {}
         if isinstance(columns.get("kl"), dict):  # `brief`
             means = columns.pop("kl")
