@@ -48,8 +48,8 @@ def greedy(
     """
     found: list[list[int]] = [[] for _ in asked]
     with undisturbed(model):
-        room = (batch_tokens, max_new_tokens)
-        for chosen, ids, mask in _batches(asked, model.device, pad, "left", *room):
+        parts = _batches(asked, model.device, pad, "left", batch_tokens, max_new_tokens)
+        for chosen, ids, mask in parts:
             new = _greedy(model, ids, mask, max_new_tokens, ends, pad)
             for i, tokens in zip(chosen, new, strict=True):
                 found[i] = cut(tokens, ends)
@@ -177,10 +177,9 @@ def beside_base(
 
     with undisturbed(model):
         most = prompts.LOGITS // model.config.vocab_size
-        wholes = [whole for whole, _ in rows]
-        for chosen, ids, mask in _batches(
-            wholes, model.device, tokenizer.pad_token_id, "right", most
-        ):
+        whole = [tokens for tokens, _ in rows]
+        parts = _batches(whole, model.device, tokenizer.pad_token_id, "right", most)
+        for chosen, ids, mask in parts:
             first = min(rows[i][1] for i in chosen) - 1  # what predicts the first token of a reply
             inputs = {"attention_mask": mask, "logits_to_keep": ids.shape[1] - first}
             told = []

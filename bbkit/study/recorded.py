@@ -175,11 +175,11 @@ def _first_replies(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str
 
 
 def _marks(values: list[float | int | None]) -> str | list:
-    """A mark a value where all are 0, 1 or None, as short as a file can be; no None at the end."""
+    """A mark a value where all are 0, 1 or None, as `_lead` shortens them; no None at the end."""
     while values and values[-1] is None:
         values = values[:-1]
     known: dict[float | None, str] = {0: "0", 1: "1", None: "-"}
-    return "".join(known[v] for v in values) if set(values) <= set(known) else values
+    return _lead("".join(known[v] for v in values)) if set(values) <= set(known) else values
 
 
 def _lead(marks: Any) -> Any:

@@ -25,7 +25,7 @@ MARKERS = "osD^vP*Xph<>d"  # as many pairs with COLORS as the product: no two wa
 
 def front(kept: Mapping[str, Any]) -> Figure:
     """Domain accuracy against general instruction following, a panel for each regime of a record
-    but the last: where rewards conflict, brevity costs so much that its arms would set the scale.
+    but those whose rewards conflict: brevity costs so much that its arms would set the scale.
 
     A filled mark is an arm whose worst kind of text elsewhere costs at most `verdicts.NATS` more
     than the base's; crosses are arms with fewer seeds than half of the most.

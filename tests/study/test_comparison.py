@@ -152,6 +152,13 @@ def test_pages_say_what_the_records_say(page, name, blocks):
     assert comparison.filled(text, kept, name) == text
 
 
+def test_records_stay_small():
+    """A clone is what a workshop begins with, and its network is the room's."""
+    sizes = {path.name: path.stat().st_size for path in RECORDED.parent.glob("*.json")}
+    assert RECORDED.name in sizes
+    assert not {name: size for name, size in sizes.items() if size >= 3_000_000}
+
+
 def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
     kept = record(sft=[((0, 0), 1)] * 2, grpo=[((1, 0), 1)] * 2)
     source, target = tmp_path / "world.json", tmp_path / "README.md"
