@@ -14,7 +14,8 @@ KINDS = ("chat", "facts")
 def study(seeds=12, shift=None, noise=0.02, lost=0.0):
     """A record of every arm that is contrasted: answers of 50 questions and 50 instructions."""
     rng, runs = np.random.default_rng(0), {}
-    names = {a for f in FAMILIES.values() for c in f for a in (c.before, c.after)} | {*UNTAXED}
+    names = {a for f in FAMILIES.values() for c in f for a in (c.before, c.after)}
+    names |= {arm for some in UNTAXED for arm in some}
     items = [[f"q{i}", "choice", f"d{i}", "s"] for i in range(50)]
     items += [[f"i{i}", "instruction", f"e{i}", "s"] for i in range(50)]
     items += [[k, "elsewhere", k, k] for k in KINDS]
@@ -90,7 +91,8 @@ FULL = "the whole method"
 @pytest.mark.parametrize(("lost", "verdict"), [(0.0, "no tax"), (0.2, "taxed")])
 def test_no_tax_needs_both_to_hold(lost, verdict):
     lines = untaxed(study(lost=lost)).splitlines()[2:]
-    assert len(lines) == len(UNTAXED) and all(line.endswith(f"| {verdict} |") for line in lines)
+    assert len(lines) == sum(map(len, UNTAXED))
+    assert all(line.endswith(f"| {verdict} |") for line in lines)
 
 
 def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
@@ -98,7 +100,7 @@ def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
     first = {a: max(n for names, n in arms.DECISIVE if a in arms.needed(names.split(",")))
              for a in run}  # fmt: skip
     assert set(run) <= set(arms.ARMS)
-    for family, least in zip(FAMILIES, (20, 8, 12, 6, 6), strict=True):
+    for family, least in zip(FAMILIES, (20, 8, 12, 6, 6, 12), strict=True):
         for contrast in FAMILIES[family]:
             for arm in {contrast.before, contrast.after} - {"base", "sft"}:
                 assert first[arm] >= (6 if arm == "orthogonal" else least), arm
