@@ -395,10 +395,14 @@ def test_dtypes_that_cannot_work_are_refused(monkeypatch):
 
 
 def test_one_token_on_a_bfloat16_cpu_is_attended_to_as_well_as_by_torchs_kernel():
-    """A token after a padded batch, from the cache: no further from float32 than SDPA is."""
-    ids = torch.randint(5, 500, (3, 12), generator=torch.Generator().manual_seed(0))
+    """A token after a padded batch, from the cache: no further from float32 than SDPA is.
+
+    Of 240 sequences, since of three the two differ by chance by up to 1.45 times on a processor
+    without bfloat16 of its own.
+    """
+    ids = torch.randint(5, 500, (240, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[0, :5] = 0
+    mask[:80, :5] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def loaded(dtype):
