@@ -2,7 +2,7 @@
 
 Serves every claim. Questions are clustered by disease (the bootstrap resamples diseases, not
 questions); general instructions are independent prompts. What cannot be parsed counts as wrong and
-is published beside the score. `domain_lenient` reads a reply that ignores the grammar, so that a
+is published beside the score. `domain_lenient` reads a reply that ignores the grammar too, so that a
 base model is judged by what it says and not by its tags.
 """
 
@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bbkit import rewards
+from bbkit import prompts, rewards
 from bbkit.benchmarks.extraction import extract_choice as extract_choice  # its documented place
 from bbkit.benchmarks.ifeval import final_answer, score_ifeval
 from bbkit.data import instructions, questions
@@ -23,19 +23,30 @@ from bbkit.runs.measures import summary as summary
 
 
 def lenient(example: Example, reply: str) -> float:
-    """1 if the reply names the gold answer (or a synonym) and none of the other options.
+    """1 if the reply comes to the gold answer, in the kit's grammar or without it.
+
+    What is read is the answer tag, the whole reply where it has none: the letter that it commits to
+    (`extract_choice`), else whether it names the gold or a synonym, and no other option.
 
     >>> e = Example("1", "choice", "Cause?", options=("a virus", "a worm"), answer="a virus")
-    >>> lenient(e, "It comes from a virus."), lenient(e, "a virus or a worm")
-    (1.0, 0.0)
+    >>> lenient(e, "It comes from a virus."), lenient(e, "a virus or a worm"), lenient(e, "**A**")
+    (1.0, 0.0, 1.0)
+    >>> lenient(e, "<reasoning>It is a virus.</reasoning><answer>no worm</answer>")
+    0.0
     """
-
-    def named(text: str) -> bool:
-        whole = rf"(?<!\w){re.escape(text.casefold())}(?!\w)"
-        return bool(re.search(whole, reply.casefold()))
-
-    right = any(named(a) for a in (example.answer, *example.synonyms))
-    return float(right and not any(named(o) for o in example.options if o != example.answer))
+    if rewards.domain(example, reply):
+        return 1.0
+    said = (prompts.split_reply(reply) or (None, None))[1] or reply
+    options = prompts.letters(example)
+    if letter := extract_choice(said, "".join(options)) if options else None:
+        return float(options[letter] == example.answer)
+    gold = {name.casefold() for name in (example.answer, *example.synonyms)}
+    rest, named = said.casefold(), set()
+    # The longest first, since one option may contain another.
+    for name in sorted(gold | {o.casefold() for o in example.options}, key=len, reverse=True):
+        rest, times = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", " ", rest)
+        named |= {name} if times else set()
+    return float(bool(named) and named <= gold)
 
 
 def measure(

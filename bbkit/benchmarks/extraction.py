@@ -65,12 +65,14 @@ BEHIND = (
 )
 RIGHT = (
     r"(?i:\b(?:option|choice|answer))\s{{1,3}}[*_]{{0,3}}[(\[]?([{}])[)\]]?[*_]{{0,3}}"
-    r"(?:,[^,.;\n]{{1,80}},)?\s{{1,3}}is\s(?:the\s)?"
-    r"(?:correct|right|best|most\slikely|most\sappropriate)\b(?!\s(?:in|about|that|to))"
+    r"(?:,[^,.;\n]{{1,80}},|\s?\([^()\n]{{1,80}}\))?\s{{1,3}}is\s(?:the\s)?"
+    r"(?:(?:correct|right|best)\b(?!\s(?:in|about|that|to|for))|most\s(?:likely|appropriate)"
+    r"(?:\s(?:answer|option|choice|diagnosis|cause|explanation))?\s?(?:[.,!]|$|\n|because|since))"
 )
 BARE = (
     r"(?m:(?:^|[.:;!]\s{{1,3}}|\b(?i:thus|therefore|hence|so),?\s))[*_]{{0,3}}[(\[]?([{}])[)\]]?"
-    r"[*_]{{0,3}}\sis\s(?:the\s)?(?:correct|right|best)(?:\s(?:answer|option|choice))?\s?"
+    r"[*_]{{0,3}}\sis\s(?:the\sanswer|(?:the\s)?(?:correct|right|best)"
+    r"(?:\s(?:answer|option|choice))?)\s?"
     r"(?:[.,;!]|$|\n|because|since)"
 )
 # "So it must be B": only as a reply's last words, and not where a blood group was spoken of.
@@ -79,6 +81,7 @@ IT = (
     r"(?i:it(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s)[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
 )
 LETTERED = r"(?i:antigen|blood|class|factor|grade|group|hepatitis|influenza|stage|type|vitamin)"
+MARKED = r"(?:[*_]{0,3}[.):\]]|\s{1,2}[-–—]\s)"  # behind the letter of a label
 LAST = re.compile(r"(?i:(?:thus|therefore|hence|so),?\s)?(?i:(?:option|choice)\s)?[*_]{0,3}")
 UNSURE = re.compile(
     r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|neither|rather\sthan|instead\sof|except|"
@@ -87,9 +90,14 @@ UNSURE = re.compile(
     r"(?:not|never|cannot|n't|n’t)\s(?:think|believe|say|clear|certain|sure|conclude|mean|that|the))"
     r"\b)[^.;:,\n]*$|n['’]t\s(?:think|believe|say|conclude|mean)\b[^.;:,\n]*$"
 )
+# "each option: A. ...", "the drug of choice is: A) ...": a list or a thing begins, no answer.
+OF_MANY = re.compile(
+    r"(?i:\b(?:all|any|both|each|every|following|other|another|of|immune|inflammatory)\s"
+    r"(?:answer\s)?$)"
+)
 TAKEN_BACK = re.compile(
     r"[^.\n]{0,12}\b(?:no,?\swait|wait|sorry)\b"
-    r"|,?\s{1,3}(?:which|but)\b[^.\n]{0,20}(?:wrong|incorrect)"
+    r"|,?\s{1,3}(?:which|but)\b[^.\n]{0,20}(?:wrong|incorrect|\balso\b)"
 )
 REFUSED = re.compile(
     r"(?i:\b(?:is|are|was|would\sbe)\s(?:also\s)?(?:incorrect|wrong|unlikely|false|"
@@ -117,7 +125,7 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
 
 
 LEAD = r"^(?i:(?:the\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
-PLAIN = re.compile(r"\\[()]|</?(?i:b|i|em|strong)>")  # marks around a letter
+PLAIN = re.compile(r"\\[()]|\\(?=[.\[\]])|</?(?i:b|i|em|strong)>")  # marks around a letter
 TOKENS = re.compile(r"<\|[^|<>\s]+\|>|</?(?:s|[be]os|pad|\w+_of_turn)>|\[/?INST\]")
 STOPS = str.maketrans({"。": ". ", "、": ", "})
 # Full width, circled, bold; a whole text's NFKC takes its length squared where marks pile up.
@@ -164,7 +172,7 @@ def _label(text: str, at: int, letters: str) -> str | None:
     if not match or (bool(match[1]) != bool(match[3]) and match[1]):
         return None
     rest = re.sub(r"^[*_`\"'”’$}]{1,6}", "", text[match.end() : match.end() + 80])
-    link = r"\.?\s{0,3}(?:,\s{0,3}(?:and|or|then)?|/|&|\+|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
+    link = r"\.?\s{0,3}(?:,\s{0,3}(?:and|or|then)?|[/&+;]|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
     apart = r"\b(?!['’]|\s(?:is|was|are|would|can|does|fails)\b)"
     other = rf"[(\[]?(?:[{letters}]{apart}|{small}(?:[)\].,;]|\s{{0,3}}(?:$|\n|and\b|or\b)))"
     if re.match(rf"{link}(?i:{KIND}\s)?{other}", rest):
@@ -189,6 +197,10 @@ def _sentences(text: str, letters: str) -> Iterator[str | None]:
     for pattern in (SENTENCE, SHORT, CHOSEN):
         for match in pattern.finditer(text):
             letter = _label(text, match.end(), letters)
+            behind = text[match.end() : match.end() + 600]
+            listed = letter == letters[0] and _listed(behind, letters)
+            if listed or OF_MANY.search(text[max(0, match.start() - 30) : match.start()]):
+                continue
             if (letter or hedge.match(text, match.end())) and not _denied(text, match):
                 yield letter
     for match in re.finditer(BEHIND.format(letters), text):
@@ -201,13 +213,20 @@ def _sentences(text: str, letters: str) -> Iterator[str | None]:
                 yield match[1]
 
 
+def _listed(text: str, letters: str) -> bool:
+    """Whether a text that begins with the first option goes on with the second: no answer."""
+    lines = [bare for line in text.splitlines() if (bare := line.strip(" *_`>#-\t"))]
+    second = re.match(rf"[(\[]?{letters[1]}{MARKED}", "".join(lines[1:2]))
+    return bool(second) and not REFUSED.search(lines[1][:300])
+
+
 def _denied(text: str, match: re.Match) -> bool:
     return UNSURE.search(text[max(0, match.start() - 60) : match.start()]) is not None
 
 
 def _lines(text: str, letters: str) -> Iterator[str | None]:
     text = text.upper() if len(text.strip(" *_`")) == 1 else text  # "b", and nothing else
-    lines = [line.strip(" *_`>#-\t") for line in text.splitlines() if line.strip()]
+    lines = [bare for line in text.splitlines() if (bare := line.strip(" *_`>#-\t"))]
     if not lines:
         return
     labelled = [_line(line, letters) for line in lines]
@@ -224,7 +243,7 @@ def _line(line: str, letters: str) -> str | None:
     if len(bare) == 1 and (bare in letters or (bare.upper() in letters and line != bare)):
         return bare.upper()
     # "A: text" may be an answer to "Q:".
-    labelled = re.match(rf"[(\[]?[{letters}](?:[*_]{{0,3}}[.):\]]|\s{{1,2}}[-–—]\s)", line)
+    labelled = re.match(rf"[(\[]?[{letters}]{MARKED}", line)
     if not labelled or line.startswith("A:") or REFUSED.search(line[:300]):
         return None
     return _label(line, 0, letters)

@@ -51,6 +51,10 @@ SAID = [
     "Respuesta correcta: C", "Réponse : C", "ответ: C", "Ｃ", "（Ｃ）", "Ⓒ", "𝐂",
     "Ａｎｓｗｅｒ：Ｃ",
     '{"step_by_step_thinking": "the answer is A. x", "answer_choice": "C. Latum"}',
+    "Let's evaluate each option:\n\nA. Aspirin: no.\n\nB. Heparin: no.\n\nThe answer is (C).",
+    "C is the answer.", "Option C (Warfarin) is correct.", "```\nC\n```", "---\n**C) virus**\n---",
+    "The answer is C\\. virus", "Option C is the most likely diagnosis.",
+    "The options are:\nA) flu\nB) gout\n\nThe answer is:\nC) virus\n\nA) is incorrect.",
 ]  # fmt: skip
 THINGS = [
     "vitamin {}", "hepatitis {}", "group {} streptococcus", "{} cells", "influenza {} virus",
@@ -116,6 +120,14 @@ TRAPS = [
     "答案：В", "Ｂ型肝炎", "Vitamin Ｄ", "Ａ ｖｉｒｕｓ", "Ａ, Ｂ",
     '{"answer_choice": "C. difficile"}', '{"answer_choice": "B. cereus"}',
     '{"answer_choice": "D. latum"}',
+    # a list begins, or a thing
+    "Let's analyze each option:\n\nA) Aspirin: it is\nB) Heparin: but\nC) Warf",
+    "Let's evaluate each option:\n\nA. Aspirin: no.\n\nThe most likely diagnosis is C. Warfarin.",
+    "Choose the correct option:\nA) Aspirin\nB) Heparin\nC) Warfarin",
+    "The drug of choice is: A) vancomycin", "The immune response is: A) humoral",
+    "Option A is the most likely cause of pneumonia in hospitals, but this one has (B).",
+    "Option A is the most appropriate for stable patients. This one is not, so (B).",
+    "The answer is C;D", "The answer is C, but D is also correct.",
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
 TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
