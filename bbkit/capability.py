@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from bbkit import CannotRun, InputError, gradients, weighting
 from bbkit.combination import COMBINATIONS, Limits, adam_scale, combine, gramian
@@ -33,32 +31,16 @@ else:
 
 METRICS = get_args(Metric)
 TRL = "1.14.2"  # pinned, and known to work; tests/test_newest_trl.py tries the newest
+# Losses that multiply a sequence's term by its advantage, and clip it by the sign of that.
+GATED = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")
+LEAST = 1e-3  # a weighted advantage nearer to 0 counts as this: it is divided by
 # What the class below takes over from the trainer's, and what it reads there.
 JOINTS = (
     "_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions",
     "compute_loss", "training_step", "reward_weights", "reward_func_names", "num_generations",
-    "num_iterations", "loss_type", "beta", "aux_loss_enabled", "_entropy_bonus_enabled", "_metrics",
+    "loss_type", "beta", "aux_loss_enabled", "_entropy_bonus_enabled", "_metrics",
 )  # fmt: skip
 Asked = namedtuple("Asked", "advantages sigma_floor controller combination metric control")
-
-
-class Balance(TrainerCallback, ExportableState):
-    """Keeps the weights of the rewards in each checkpoint's trainer_state.json, to go on from."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def state(self) -> dict:
-        seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
-        return {"args": {}, "attributes": seen}
-
-    def restore(self, state: dict) -> None:
-        """Go on from a `state`; so too where a step was broken off after its weights had moved."""
-        self.trainer.controller.restore(state["attributes"]["controller"])
-        self.trainer.gramian = state["attributes"]["gramian"]
-
-    def on_train_begin(self, args, state, control, **_):
-        self.restore(state.stateful_callbacks.get("Balance", self.state()))
 
 
 def capability_aware(
@@ -123,17 +105,23 @@ class CapabilityAware(Trainer):
         # Rows: the capabilities, then what belongs to none and stays as it is, where there is such:
         # KL penalty, entropy bonus, a router's auxiliary loss.
         self.rest = bool(self.beta or self._entropy_bonus_enabled or self.aux_loss_enabled)
-        self.capture = gradients.Capture(self.model, self.capabilities + self.rest)
         self.limits: Any = None
-        if self.asked.combination != "sum":  # does the step do what the sum of gradients would?
-            self.limits = Limits(self.capture.parameters.values(), self._note)
-        linear = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-        self.gradient_engine = "one_pass" if linear and self.num_iterations == 1 else "replay"
+        self._capture_of(self.model)
+        self.checked = False  # whether the loss has terms of its own
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise InputError("capability-aware GRPO: not with DeepSpeed or FSDP, which step apart")
+        self.gradient_engine = "one_pass" if self.loss_type in GATED else "replay"
         if self.gradient_engine == "replay":
-            print("gradient engine replay: this loss is not linear in the advantages")
+            print(f"gradient engine replay: loss_type {self.loss_type} is not known to be gated")
         elif fused := gradients.unfuse(self.model):
             print(f"gradient engine one_pass: PEFT's forwards, not {fused} fused kernels")
-        self.add_callback(Balance(self))
+        self.add_callback(weighting.Balance(self))
+
+    def _capture_of(self, model) -> None:
+        """Of which parameters gradients are kept: anew where others train, as `model_init`'s do."""
+        self.capture = gradients.Capture(model, self.capabilities + self.rest)
+        if self.asked.combination != "sum":  # does the step do what the sum of gradients would?
+            self.limits = Limits(self.capture.parameters.values(), self._note)
 
     def _generate_single_turn(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model)
@@ -178,46 +166,66 @@ class CapabilityAware(Trainer):
         if columns is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.micro_batches.append(inputs)
-        one_pass, ones = self.gradient_engine == "one_pass", torch.ones_like(columns[:, 0])
-        passes = [(ones, False)] if one_pass else [(a, False) for a in columns.T]
+        self._refuse_other_terms(inputs)
+        # The advantage of the weighted sum decides what is clipped, in all capabilities alike: at
+        # it the terms are TRL's own, each of which a capability's share of it then multiplies.
+        weights, one_pass = self.controller.weights, self.gradient_engine == "one_pass"
+        whole = columns @ torch.tensor(weights).to(columns)
+        whole = torch.where(whole.abs() < LEAST, LEAST, whole)
+        passes = [gradients.Pass(whole, 0, 1.0, 1.0)]
+        if not one_pass:
+            clips = inputs.get("old_per_token_logps") is not None
+            passes = gradients.replays(columns, whole, weights, clips)
         if self.rest:  # a pass of its own, into the last row
-            passes.append((0 * ones, True))
-        value = 0.0
-        for i, (weights, rest) in enumerate(passes):
-            last = i == len(passes) - 1
-            loss = self._loss(inputs | {"advantages": weights}, rest, mute=not last)
-            value = value + loss.detach() * (1.0 if rest else self._worth(i, inputs, columns))
+            passes.append(gradients.Pass(0 * whole, self.capabilities, 1.0, 1.0))
+        value, logged = torch.zeros_like(whole[0]), dict[str, list]()
+        for i, (advantages, row, sign, counts) in enumerate(passes):
+            last, rest = i == len(passes) - 1, row == self.capabilities
+            loss, seen = self._loss(inputs | {"advantages": advantages}, rest)
+            logged = seen | logged if rest else logged | seen  # of the rest its KL alone
+            value = value + loss.detach() * counts
             if one_pass:
-                self.capture.next(pad(columns * (not rest), (0, int(self.rest)), value=float(rest)))
+                shares = columns / whole[:, None] * (not rest)
+                self.capture.next(pad(shares, (0, int(self.rest)), value=float(rest)))
             if not last:
                 self.accelerator.backward(loss)
                 if not one_pass:
-                    self.capture.take(i)
+                    self.capture.take(row, sign)
+        for name, values in logged.items():
+            self._metrics["train"][name] += values
         return loss + (value - loss).detach()  # the slope of the last pass, the value of all
 
-    def _loss(self, inputs, rest: bool, mute: bool):
-        """TRL's loss, of the bare model: DDP would sum up gradients that nobody asked for."""
+    def _refuse_other_terms(self, inputs) -> None:
+        """Once: a term of the loss that no advantage multiplies would be weighed by them."""
+        if self.checked:
+            return
+        self.checked, none = True, torch.zeros_like(inputs["advantages"])
+        with torch.no_grad(), torch.random.fork_rng([none.device] if none.is_cuda else []):
+            left = self._loss(inputs | {"advantages": none}, rest=False)[0].item()
+        if abs(left) > 1e-6:
+            raise InputError(
+                f"capability-aware GRPO: at advantages of 0 the loss is {left:.3g}: a term that no "
+                "advantage multiplies would get lost; use another trainer"
+            )
+
+    def _loss(self, inputs, rest: bool) -> tuple[Tensor, dict[str, list]]:
+        """TRL's loss and what it would log, of the bare model: DDP would sum up its gradients."""
         names = ("beta", "_entropy_bonus_enabled", "aux_loss_enabled", "_metrics")
         kept = {name: getattr(self, name) for name in names}
         if not rest:
             self.beta, self._entropy_bonus_enabled, self.aux_loss_enabled = 0.0, False, False
-        if mute:  # each call would log once more
-            self._metrics = {mode: defaultdict(list) for mode in self._metrics}
-        loss = super().compute_loss(self.accelerator.unwrap_model(self.model), inputs)
-        vars(self).update(kept)
-        return loss
-
-    def _worth(self, i: int, inputs, columns) -> Any:
-        """What the value of pass i counts for in the loss that is logged, GRPO's own."""
-        if self.gradient_engine == "replay":
-            return self.controller.weights[i]
-        total = columns @ torch.tensor(self.controller.weights).to(columns)
-        alike = self.loss_type == "grpo"  # else a sequence counts by its tokens
-        share = torch.ones_like(total) if alike else inputs["completion_mask"].sum(1)
-        return (total * share).sum() / share.sum()
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
+        try:
+            loss = super().compute_loss(self.accelerator.unwrap_model(self.model), inputs)
+            return loss, dict(self._metrics["train"])
+        finally:
+            vars(self).update(kept)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        one_pass = self.gradient_engine == "one_pass"
+        one_pass, known = self.gradient_engine == "one_pass", self.capture.parameters
+        trains = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if trains.keys() != known.keys() or any(trains[n] is not p for n, p in known.items()):
+            self._capture_of(self.model)
         with gradients.watch(self.model, self.capture) if one_pass else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if one_pass and self.capture.missed:
@@ -267,14 +275,17 @@ class CapabilityAware(Trainer):
             name = f"combination/{self.args.seed}/{self.state.global_step}"
             torch.default_generator.manual_seed(random.Random(name).getrandbits(63))
             method = "sum" if self.asked.metric == "step" else self.asked.combination
-            found = combine(products, method, self.controller.weights)
+            weights = torch.tensor(self.controller.weights, dtype=products.dtype)
+            found, asked = torch.zeros_like(weights), weights > 0  # the others are only logged
+            found[asked] = combine(products[asked][:, asked], method, weights[asked])
         coefficients = pad(found, (0, len(capture) - kinds), value=1.0)  # that of the rest stays 1
         capture.put(coefficients * scale)
         if self.asked.combination != "sum":  # limits alone may be retention's
             self.limits.watch(self.optimizer)
             bound = 0.0 if self.asked.metric == "step" else math.inf  # else it is only measured
-            for name, row in zip(names, rows, strict=False):
-                self.limits.add(f"step/{name}", row.clone(), bound)
+            for name, row, limited in zip(names, rows, asked, strict=False):
+                if limited:
+                    self.limits.add(f"step/{name}", row.clone(), bound)
         cosines = gradients.cosines(products)
         for j, name in enumerate(names):
             self._note(f"coefficient/{name}", found[j].item())

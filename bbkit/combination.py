@@ -118,7 +118,7 @@ def nearest(gramian: Tensor, slopes: Tensor, bounds: Tensor) -> tuple[Tensor, fl
     except ValueError:  # contradictory: first the least violation, then the nearest that has it
         parts = np.concatenate([lose, -lose, -np.eye(len(lose))], axis=1)
         best, left = nnls(parts, wanted)
-        wanted = parts @ best - 1e-9
+        wanted = parts @ best - 1e-6  # with 1e-9 quadprog finds some of these contradictory too
         found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
     removed[live] = scale * (vectors / roots) @ torch.from_numpy(found) / norm
     return removed, float(left)

@@ -2,7 +2,7 @@
 
 Serves every claim. Questions are clustered by disease (the bootstrap resamples diseases, not
 questions); general instructions are independent prompts. What cannot be parsed counts as wrong and
-is published beside the score. `domain_lenient` reads a reply that ignores the grammar too, so that a
+is published beside the score. `domain_lenient` reads a reply without the grammar as well, so that a
 base model is judged by what it says and not by its tags.
 """
 

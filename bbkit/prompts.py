@@ -56,7 +56,7 @@ def messages(example: Example) -> list[dict[str, str]]:
     >>> messages(Example("1", "choice", "Cause?", options=("virus", "worm")))[1]["content"]
     'Cause?\\nA) virus\\nB) worm'
     """
-    context = f"{example.context}\n\n" if example.context else ""
+    context = f"{' '.join(example.context.splitlines())}\n\n" if example.context else ""
     options = "".join(f"\n{letter}) {text}" for letter, text in letters(example).items())
     system = example.system if example.task == "instruction" else SYSTEM
     first = [{"role": "system", "content": system}] if system else []

@@ -14,7 +14,7 @@ import random
 import time
 from collections import defaultdict, namedtuple
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from bbkit.combination import Limits
 from bbkit.config import Settings
 from bbkit.data import replies
 from bbkit.data.replies import Reply
+from bbkit.machine import adapters
 from bbkit.prompts import LOGITS
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def divergence(model, base: Any, part: tuple) -> Tensor:
 
     def log_probabilities(some) -> Tensor:
         logits = some(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        if logits.dim() != 3:
+            raise InputError("retention: this model predicts no tokens, so it has no replies")
         return logits[:, -told.shape[1] - 1 : -1][told].float().log_softmax(-1)
 
     # Anew each step: stored once it would save a tenth of pocket's SFT step and a fiftieth of
@@ -80,19 +83,6 @@ def divergence(model, base: Any, part: tuple) -> Tensor:
         wanted = log_probabilities(model if base is None else base)
     ours = log_probabilities(model)
     return torch.nn.functional.kl_div(ours, wanted, reduction="sum", log_target=True)
-
-
-@contextmanager
-def _without_dropout(model) -> Iterator[None]:
-    """Dropout would part a model from itself, and eval mode would checkpoint no activations."""
-    drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
-    for module in drops:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in drops:
-            module.train()
 
 
 def _replies(base, tokenizer, keeps: Keeps, seed: int) -> list[Reply]:
@@ -137,8 +127,9 @@ def keeping(
 
     The base is the model with its adapter off, or `base`, a frozen copy, where all weights train.
     Logged: `retention/kl`, and for cone and step `retention/slope`, `/slope_kept`, `/cut`.
-    Raises InputError for an unknown rule, where the trainer is built without a base, and at the
-    first step where there is no tokenizer or no reply.
+    Raises InputError for an unknown rule, where the trainer is built without a base or its adapter
+    changes more than can be switched off, and at the first step where there is no tokenizer, no
+    reply or no model of language.
 
     >>> from trl import SFTTrainer
     >>> issubclass(keeping(SFTTrainer, weight=0.5), SFTTrainer)
@@ -146,6 +137,8 @@ def keeping(
     """
     if rule not in RULES:
         raise InputError(f"retention rule {rule!r}: use one of {', '.join(RULES)}")
+    if per_step < 1 or count < 1:
+        raise InputError(f"retention: per_step {per_step} and count {count}: 1 or more")
     keeps = Keeps(replies, rule, weight, budget, recovery, per_step, count, max_new_tokens, base)
     return type("Keeping", (Keeping, trainer), {"keeps": keeps})
 
@@ -156,12 +149,13 @@ class Keeping(Trainer):
     keeps: Keeps
     model: Any  # the trainer's
     limits: Limits | None = None  # that of bbkit.capability, or ours
+    _mine: Limits | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._noted: dict[str, list[float]] = defaultdict(list)
         self._kept: list[tuple[list[int], int]] = []
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._base_of(self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("retention: not with FSDP or DeepSpeed, which scatter the weights")
         if self.keeps.base is None and not hasattr(self.model, "disable_adapter"):
@@ -171,8 +165,16 @@ class Keeping(Trainer):
             )
         if self.keeps.base is not None:
             self.keeps.base.to(self.accelerator.device).eval()
-        if self.keeps.rule != "penalty" and self.limits is None:
-            self.limits = Limits(self._trained, lambda n, v: self._noted[n].append(v))
+
+    def _base_of(self, model) -> None:
+        """What trains, and whether the base is still there: anew where a `model_init` made it."""
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        if self.keeps.rule != "penalty" and self.limits is self._mine:  # not bbkit.capability's
+            self.limits = self._mine = Limits(self._trained, lambda n, v: self._noted[n].append(v))
+        if self.keeps.base is None:
+            adapters.refuse_changed_base(model)
+        elif {*map(id, self.keeps.base.parameters())} & {*map(id, self._trained)}:
+            raise InputError("retention: base is the model that trains; pass a frozen copy")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         value = super().training_step(model, inputs, num_items_in_batch)
@@ -185,6 +187,9 @@ class Keeping(Trainer):
 
     def _keep(self, model) -> None:
         """Put the rule into the gradients of the step, or in the way of it."""
+        trains = [p for p in model.parameters() if p.requires_grad]
+        if [*map(id, trains)] != [*map(id, self._trained)]:
+            self._base_of(model)
         keeps, share = self.keeps, 0.0
         own = [p.grad for p in self._trained]
         for p in self._trained:
@@ -227,7 +232,9 @@ class Keeping(Trainer):
         total = torch.zeros((), device=self.accelerator.device)
         words = model.config.get_text_config().vocab_size
         for part in batches(chosen[rank::world], words):
-            with _without_dropout(model):  # over the backward pass too, which may compute anew
+            with adapters.without_dropout(
+                model
+            ):  # over the backward pass too, which may compute anew
                 with self.compute_loss_context_manager():
                     loss = divergence(model, self.keeps.base, part) / tokens
                 self.accelerator.backward(loss)

@@ -273,6 +273,8 @@ def _explanation(example: Example, text: str, given: str) -> float:
     runs = list(zip(*(words[i:] for i in range(run)), strict=False))
     copied = zip(*(shown[i:] for i in range(run)), strict=False)
     own = len(set(runs).difference(copied)) / len(runs)
+    for name in filter(None, (given, *example.options)):  # "E. coli" ends no sentence
+        text = re.sub(re.escape(name), " ".join(_words(name)), text, flags=re.IGNORECASE)
     last = _words(re.split(r"[.!?]\s+|\n", text.rstrip(" .!?\n"))[-1])
     named = [o for o in example.options if _names(last, o) and not _names(_words(given), o)]
     return length * taken_up * own * (1.0 if _names(last, given) and not named else 0.5)

@@ -1,4 +1,4 @@
-"""The dynamic hybrid reward: weights of the capabilities, re-balanced once per optimiser step.
+"""The dynamic hybrid reward: weights of the capabilities, re-balanced once per generation.
 
 Serves the claim that a dynamic reward beats a static one. The paper says "adaptively balances" and
 no more: `deficit` is our reading, the others are published neighbours. Weights lie on the simplex,
@@ -15,6 +15,8 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from bbkit import InputError
 from bbkit.config import Advantages
@@ -63,7 +65,8 @@ def advantages(
     `capability`: (r − μ_k) / max(σ_k, floor), so that a reward which is nearly settled is not blown
     up to unit scale. `gdpo` (arXiv 2601.05242): (r − μ_k) / σ_k, whitened over the batch. `grpo`:
     (r − μ_k) / σ_R with R = Σ w_k r_k. `dr_grpo` (arXiv 2503.20783): r − μ_k. NaN, a capability
-    that does not apply, gets 0. Raises InputError for an infinite reward, naming its column.
+    that does not apply, gets 0 (in `grpo`, beside others in its group, it counts as a reward of 0,
+    as in TRL). Raises InputError for an infinite reward, naming its column.
 
     >>> advantages(torch.tensor([[1.0, 0.52], [0.0, 0.50]]), 2, [0.5, 0.5])[0]
     tensor([0.7071, 0.1000])
@@ -78,6 +81,8 @@ def advantages(
         )
     weighing = torch.tensor(weights).to(rewards)
     grouped = _grouped(rewards, generations)
+    if scheme == "grpo":  # as TRL: beside another reward None counts as 0
+        grouped = grouped.where(grouped.isnan().all(dim=2, keepdim=True), grouped.nan_to_num())
     found = grouped - grouped.nanmean(dim=1, keepdim=True)
     if scheme == "capability":
         found = found / _spread(grouped).clamp(min=floor)
@@ -90,7 +95,7 @@ def advantages(
     found = found.nan_to_num(nan=0.0).flatten(0, 1)
     if scheme == "gdpo":  # its batch mean is 0 already
         total = (found @ weighing)[~rewards.isnan().all(dim=1)]
-        found = found / (total.std() + EPSILON) if len(total) else found
+        found = found / (total.std() + EPSILON) if len(total) > 1 else found
     return found
 
 
@@ -141,10 +146,20 @@ class Controller:
         self.floors = [self.floor if w and self.rule is not fixed else 0.0 for w in start]
         self.weights = self._above_floor([w / total for w in start])
         self.averages: list[float | None] = [None] * len(start)
+        self.said = False
 
     def update(self, stats: Stats) -> list[float]:
         """The weights after one more step; they sum to 1."""
+        off = [r for r in stats.reward if r is not None and not 0 <= r <= 1]
+        if self.rule is deficit and off and not self.said:
+            self.said = True
+            print(
+                f"a mean reward of {off[0]:.3g}: deficit is made for [0, 1] and weighs what is far "
+                f"below {self.target:g}; scale the rewards, or set controller='fixed'"
+            )
         powers = self.rule(self, stats)
+        if powers is not None:
+            powers = [p if w else 0.0 for p, w in zip(powers, self.preference, strict=True)]
         if powers is not None and all(map(math.isfinite, powers)) and sum(powers) > 0:
             self.weights = self._above_floor([p / sum(powers) for p in powers])
         return self.weights
@@ -173,8 +188,13 @@ class Controller:
         return {"weights": list(self.weights), "averages": list(self.averages)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
-        self.weights, self.averages = list(state["weights"]), list(state["averages"])
+        """Go on from a `state`. InputError for one of another number of capabilities."""
+        if len(state["averages"]) != len(self.weights):
+            said = f"{len(state['averages'])} rewards, not {len(self.weights)}"
+            raise InputError(f"weights: the checkpoint is of {said}; start anew")
+        self.averages = list(state["averages"])
+        if self.rule is not fixed:  # the preference may be another one now
+            self.weights = list(state["weights"])
 
     def _above_floor(self, weights: list[float]) -> list[float]:
         """Weights below the floor are raised to it, the others share what is left."""
@@ -187,6 +207,30 @@ class Controller:
             if not below:
                 return found
             low |= below
+
+
+class Balance(TrainerCallback, ExportableState):
+    """Keeps the weights of the rewards in each checkpoint's trainer_state.json, to go on from."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def state(self) -> dict:
+        seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
+        return {"args": {}, "attributes": seen}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`; so too where a step was broken off after its weights had moved."""
+        trainer = self.trainer
+        trainer.micro_batches = []
+        trainer.capture.clear()
+        if trainer.limits is not None:
+            trainer.limits.rows.clear()
+        self.trainer.controller.restore(state["attributes"]["controller"])
+        self.trainer.gramian = state["attributes"]["gramian"]
+
+    def on_train_begin(self, args, state, control, **_):
+        self.restore(state.stateful_callbacks.get("Balance", self.state()))
 
 
 def fixed(controller: Controller, stats: Stats) -> None:

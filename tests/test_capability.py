@@ -253,11 +253,100 @@ def test_unsloths_fused_kernels_give_way_to_one_pass(build, monkeypatch, capsys)
     assert "PEFT's forwards, not 1 fused kernels" in capsys.readouterr().out
 
 
-def test_several_updates_per_generation_are_replayed(build, capsys):
-    trainer = build(steps=4, arguments={"num_iterations": 2}, **PLAIN)
-    assert "not linear in the advantages" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_iterations": 3},
+        {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
+        {"num_iterations": 3, "beta": 0.3},
+        {"num_iterations": 3, "loss_type": "sapo"},
+        {"num_iterations": 3, "loss_type": "vespo"},
+        {"num_iterations": 3, "loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"num_iterations": 3, "loss_type": "cispo"},
+    ],
+)
+@pytest.mark.parametrize("engine", ["one_pass", "replay"])
+def test_several_updates_of_one_generation_are_clipped_as_trls(build, arguments, engine):
+    """At a rate at which most of them are, of one sign of the advantage or of the other."""
+    if engine == "replay" and arguments != {"num_iterations": 3}:
+        pytest.skip("replay is slow, and the same for all")
+    options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    trainer = build(
+        trainer=against_trl(PLAIN | {"advantages": "grpo"}), steps=6,
+        arguments=options | {"reward_weights": [0.5, 0.25, 0.25]} | arguments,
+    )  # fmt: skip
+    trainer.gradient_engine = engine
     trainer.train()
-    assert trainer.state.global_step == 4
+    alive = [p for p in trainer.pairs if p[1].norm() > 0]
+    assert len(alive) >= 3 and min(map(cosine, alive)) >= 0.9999
+    clipped = [r["clip_ratio/region_mean"] for r in trainer.state.log_history if "loss" in r and
+               "clip_ratio/region_mean" in r]  # fmt: skip
+    assert arguments.get("loss_type") or max(clipped) > 0.05
+
+
+def test_the_loss_that_is_logged_is_trls(build):
+    plain = {"reward_weights": [0.5, 0.25, 0.25], "mask_truncated_completions": True}
+    found = []
+    for trainer in (GRPOTrainer, None):
+        done = build(trainer=trainer, steps=2, arguments=plain, advantages="grpo", **PLAIN)
+        done.train()
+        found.append([row["loss"] for row in done.state.log_history if "loss" in row])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)  # also where all of a part are masked
+
+
+def test_a_trainer_whose_loss_has_a_term_of_its_own_is_refused(build):
+    class Imitates(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            logits = model(input_ids=inputs["completion_ids"]).logits
+            return super()._compute_loss(model, inputs) + logits.float().logsumexp(-1).mean()
+
+    with pytest.raises(InputError, match="at advantages of 0 the loss is"):
+        build(trainer=capability_aware(Imitates, **PLAIN)).train()
+
+
+def test_a_reward_of_weight_0_is_only_logged(build):
+    trainer = build(steps=3, arguments={"reward_weights": [1.0, 0.0, 0.0]})
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert {row[f"coefficient/{f.__name__}"] for row in rows for f in (brief, lettered)} == {0.0}
+    assert all(row["rewards/brief/mean"] > 0 for row in rows)
+
+
+def test_rewards_out_of_range_are_said_once(build, capsys):
+    def long(completions, **_):
+        return [-len(text) for text in completions]
+
+    build(rewards=(vowels, long), steps=2, controller="deficit").train()
+    assert capsys.readouterr().out.count("deficit is made for [0, 1]") == 1
+
+
+def test_what_trains_may_change_before_the_first_step(build):
+    """As with a `model_init`, or where a norm is unfrozen once the trainer is there."""
+    trainer = build(trainer=against_trl(PLAIN | {"advantages": "grpo"}),
+                    arguments={"reward_weights": [0.5, 0.25, 0.25]})  # fmt: skip
+    norm = next(p for n, p in trainer.model.named_parameters() if "norm" in n)
+    norm.requires_grad_(True)
+    trainer.train()
+    assert any(p is norm for p in trainer.capture.parameters.values())
+    assert min(cosine(p) for p in trainer.pairs) >= 0.9999
+
+
+def test_a_step_that_was_broken_off_leaves_nothing_behind(build, monkeypatch):
+    trainer = build(steps=2, arguments={"beta": 0.3}, **PLAIN)
+    own, calls = GRPOTrainer._compute_loss, []
+
+    def broken(self, model, inputs):
+        calls.append(self)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return own(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", broken)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.beta == 0.3 and trainer.micro_batches
+    trainer.train()
+    assert "kl" in trainer.state.log_history[0] and not trainer.micro_batches
 
 
 def test_in_adams_metric_no_loss_rises_along_adams_direction(build):

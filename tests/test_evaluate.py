@@ -37,6 +37,14 @@ def test_a_lenient_reading_needs_the_gold_word_and_no_other_option():
     e = Example("1", "choice", "?", options=("fever", "rash", "cough"), answer="fever")
     told = {"It brings fever.": 1, "fever or rash": 0, "feverish": 0, "": 0, "FEVER!": 1}
     assert {reply: evaluate.lenient(e, reply) for reply in told} == told
+    tagged = "<reasoning>It is {}.</reasoning><answer>{}</answer>"
+    assert evaluate.lenient(e, tagged.format("fever", "cough")) == 0.0  # what it commits to
+    assert evaluate.lenient(e, tagged.format("cough", "**fever**")) == 1.0
+    assert evaluate.lenient(e, "The answer is A.") == evaluate.lenient(e, "(A)") == 1.0
+    assert evaluate.lenient(e, "The answer is B, no fever.") == 0.0
+    both = Example("1", "choice", "?", options=("left", "left and right"), answer="left and right")
+    assert evaluate.lenient(both, "It is left and right.") == 1.0
+    assert evaluate.lenient(both, "It is left.") == 0.0
 
 
 def test_the_interval_widens_with_clusters_and_covers_the_truth():

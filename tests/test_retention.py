@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import moved
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -352,6 +352,74 @@ def test_dropout_does_not_part_a_model_from_its_base(known, tmp_path):
     assert levels[0] == pytest.approx(levels[1], rel=1e-5)
     drops = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     assert drops and all(m.training for m in drops)
+
+
+@pytest.mark.parametrize(
+    ("lora", "freed", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "", "changes the base's own weights"),
+        ({"init_lora_weights": "olora"}, "", "changes the base's own weights"),
+        ({}, "model.norm", "norm.weight trains and is no adapter's"),
+        ({"modules_to_save": ["lm_head"]}, "", ""),
+    ],
+)
+def test_a_base_that_cannot_be_switched_back_to_is_refused(lora, freed, said, known, tmp_path):
+    settings = config.load("pocket", None, ["model.lora_rank=4"]).model
+    model, tokenizer = models.load(settings, say=lambda line: None)
+    asked = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **lora)
+    model = get_peft_model(model, asked)
+    for name, p in model.named_parameters():
+        if freed and freed in name and "layers" not in name:
+            p.requires_grad_(True)
+
+    def build():
+        fields = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0} | QUIET
+        return keeping(SFTTrainer, known)(
+            model=model, args=SFTConfig(**fields), processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": "Say ox", "completion": "ox"}] * 8),
+        )  # fmt: skip
+
+    if said:
+        with pytest.raises(InputError, match=said):
+            build()
+        return
+    trainer = build()
+    trainer.train()
+    assert trainer.state.log_history[0]["retention/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_neftunes_noise_does_not_part_a_model_from_its_base(pocket, known, tmp_path):
+    fields = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0} | QUIET
+    trainer = keeping(SFTTrainer, known)(
+        model=pocket[0], processing_class=pocket[1],
+        args=SFTConfig(**fields, neftune_noise_alpha=5),
+        train_dataset=Dataset.from_list([{"prompt": "Say ox", "completion": "ox"}] * 8),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["retention/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_model_init_is_kept_too(known, tmp_path):
+    """transformers makes another model when training begins."""
+    settings = config.load("pocket", None, ["model.lora_rank=4"]).model
+    tokenizer = models.load(settings, say=lambda line: None)[1]
+
+    def made():
+        model = models.add_lora(models.load(settings, say=lambda line: None)[0], settings, 0)
+        return moved(model, 0.1)
+
+    norms = []
+    for weight in (1.0, 100.0):
+        fields = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0} | QUIET
+        words = tokenizer(["Say ox"] * 8)
+        rows_ = [{"input_ids": ids, "labels": ids} for ids in words["input_ids"]]
+        trainer = keeping(Trainer, known, weight=weight)(
+            model_init=made, args=TrainingArguments(**fields), processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows_),
+        )  # fmt: skip
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] > 5 * norms[0]
 
 
 def test_no_more_replies_are_made_than_asked_for(pocket, tmp_path):

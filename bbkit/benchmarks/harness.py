@@ -61,7 +61,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", default=",".join(CARDS), help="some of %(default)s")
     p.add_argument("--protocols", default="loglikelihood,kit", help=f"of {', '.join(PROTOCOLS)}")
     p.add_argument("--limit", type=int, metavar="N", help="first N rows of each, of MMLU's subject")
-    p.add_argument("--shuffle", type=int, metavar="SEED", help="put the options in another order")
+    p.add_argument(
+        "--shuffle", type=int, metavar="SEED",
+        help="put the options in another order; not lm-eval's own for PubMedQA: yes, no, maybe",
+    )  # fmt: skip
     p.add_argument("--preset", default="pocket", help="model settings and lengths: a preset")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one key of it")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the preset's, IFEval")
@@ -88,20 +91,21 @@ def _main(args: argparse.Namespace, command: Sequence[str]) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value}: 1 or more")
     changed = [f"model.name={args.model}", "model.revision=null"] if args.model else []
     settings = config.load(args.preset, None, [*changed, *args.set])
-    length = args.max_new_tokens or settings.evaluation.ifeval_tokens
     from bbkit import models
 
     hub.go_private(args.offline or settings.model.name == "pocket")
     for task in tasks:  # a file that is missing or changed is better found before the model
         utils.rows(**_source(task, args))
     model, tokenizer = models.load(settings.model, offline=args.offline)
+    most = getattr(model.config, "max_position_embeddings", 2**31)
+    length = args.max_new_tokens or min(settings.evaluation.ifeval_tokens, most // 2)
+    if length >= most:
+        raise InputError(f"--max-new-tokens {length}: the model's whole context is {most} tokens")
     facts: dict[str, Any] = {"model": model.origin, "adapter": str(args.adapter or "")}
     facts |= {"shuffle": args.shuffle, "max_new_tokens": length, "batch_size": args.batch_size}
     if args.adapter:
         model = models.load_adapter(model, args.adapter, trainable=False)
         facts["adapter_sha256"] = _digest((args.adapter / models.ADAPTER).read_bytes())
-    if length >= (most := getattr(model.config, "max_position_embeddings", 2**31)):
-        raise InputError(f"--max-new-tokens {length}: the model's whole context is {most} tokens")
     with record.Run(args.out, facts, command, record.resolve_resume("auto", args.out)) as run:
         # Named by what answered: the keys inside are prompts alone.
         cache = run.folder / f"replies-{_digest(json.dumps(facts, sort_keys=True).encode())}"
@@ -132,7 +136,7 @@ def _main(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _known(text: str, known: Any, option: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     wrong = [name for name in names if name not in known]
     if wrong or not names:
         raise InputError(f"{option} {text}: {', '.join(wrong) or 'none'} unknown; "
@@ -167,9 +171,11 @@ def measure(
     changed: dict[str, Any] = {"generation_kwargs": limits} if asked else {**ONE_SPLIT}
     if protocol == "neutral":
         changed |= {"doc_to_text": utils.neutral, "description": ""}
+    source = _source(task, args)
+    if task == "pubmedqa" and not asked:  # lm-eval has its options by heart
+        source["shuffle"] = None
     members = [
-        {"task": name, "custom_dataset": utils.rows, **changed}
-        | {"dataset_kwargs": _source(task, args) | part}
+        {"task": name, "custom_dataset": utils.rows, **changed} | {"dataset_kwargs": source | part}
         for name, part in ({f"bbkit_{task}": {}} if asked else OWN[task]).items()
     ]
     # It tells a line per task of what its files say; its progress bars stay.

@@ -50,10 +50,11 @@ def parse(name: str, data: bytes, layout: str, mark: str = ",") -> list[tuple[st
         return rows
     except (ValueError, csv.Error, TypeError, RecursionError) as error:
         number += getattr(error, "lineno", 1) - 1
-        raise InputError(
-            f"{name} line {number}: not readable as {layout} ({error}), as if cut short; "
-            "mend it or fetch it again"
-        ) from None
+        mend = "as if cut short; mend it or fetch it again"
+        if layout == "json" and "Extra data" in str(error):
+            mend = "with a row a line it is a .jsonl; rename it"
+        said = f"{name} line {number}: not readable as {layout} ({error})"
+        raise InputError(f"{said}, {mend}") from None
 
 
 def normal(text: str) -> str:
@@ -76,10 +77,10 @@ def _choice(options: Sequence[str], names: Sequence, gold: Any) -> dict:
     return {"task": "choice", "options": tuple(options), "answer": given[gold]}
 
 
-def _joined(texts: Any) -> str:
+def _joined(texts: Any, mark: str = " ") -> str:
     if not isinstance(texts, list):
         raise ValueError(f"its context must be a list of texts, not {str(texts)[:40]!r}")
-    return " ".join(texts)
+    return mark.join(texts)
 
 
 def _medqa(row: Any, n: int, hub: bool) -> dict:
@@ -105,7 +106,8 @@ def _pubmedqa(row: Any, n: int, hub: bool) -> dict:
     return _choice(options, options, row["final_decision"]) | {
         "id": str(row["pubid" if hub else "pmid"]),
         "question": row["question" if hub else "QUESTION"],
-        "context": _joined(row["contexts" if hub else "CONTEXTS"]),
+        # by lines as lm-eval shows them; in the kit's prompt they run on
+        "context": _joined(row["contexts" if hub else "CONTEXTS"], "\n"),
         "reasoning": row["long_answer" if hub else "LONG_ANSWER"],
     }
 

@@ -135,9 +135,11 @@ def examples(
         except ValueError as error:
             raise InputError(f"{place}: {error}") from None
         places[e.id] = place
-    if all(not e.options and re.fullmatch("[A-Za-z]", e.answer) for _, e in drafts):
-        said = "every answer is a letter, but no column has options"
-        raise InputError(f"{name}: {said}; name them: --set data.columns.options=[A, B, C, D]")
+    shape = "[A-Za-z]" if not (listed := _listed(found, named)) else r"[A-Za-z]|\d"
+    if all(not e.options and re.fullmatch(shape, e.answer) for _, e in drafts):
+        said = f"no options are read, and every answer is like {drafts[0][1].answer}"
+        mend = f"name their columns: --set data.columns.options=[{listed or 'A, B, C, D'}]"
+        raise InputError(f"{name}: {said}; {mend}")
     golds, made = _counted(drafts), []
     for place, e in drafts:
         try:
@@ -153,6 +155,15 @@ def examples(
             f"{name}: none of its {len(made)} rows is of split {split}, as {how}; {mend}"
         )
     return kept
+
+
+def _listed(found: Sequence[Row], named: Mapping[str, list[str]]) -> str:
+    """Columns that look like options, of those that nothing names: a list, or a column each."""
+    used = {column for columns in named.values() for column in columns}
+    left = {k: v for k, v in found[0][1].items() if k not in used}
+    lists = [k for k, v in left.items() if isinstance(v, list | dict) and len(v) > 1]
+    apart = [k for k in left if re.fullmatch(r"(?i)(?:op\w*?)?[a-e1-5]", k)]
+    return ", ".join(lists[:1] or (apart if apart[1:] else []))
 
 
 def _named(name: str, found: Sequence[Row], columns: Columns) -> dict[str, list[str]]:
@@ -233,6 +244,8 @@ def _checked(e: Example, gold: str | None) -> Example:
         gold = gold or _option(e, e.answer)
         if gold is None:
             said = f"its answer {e.answer[:40]!r} is not one of its {len(e.options)} options"
+            if e.answer in e.options:
+                said = f"its answer {e.answer!r} is the letter of one option and another's text"
             mend = 'write the letter, the text, or "B) text", and name the columns of all options'
             raise ValueError(f"{said}; {mend}")
         e = replace(e, answer=gold)

@@ -6,10 +6,13 @@ the ends; what is broken is named by line, with the mend.
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
+
+import numpy as np
 
 from bbkit import InputError
 from bbkit.data.layouts import normal, parse
@@ -39,9 +42,17 @@ def rows(name: str, data: bytes) -> list[Row]:
         line, mend = data.count(b"\n", 0, error.start) + 1, "save it as UTF-8 (Excel: CSV UTF-8)"
         raise InputError(f"{name} line {line}: not UTF-8; {mend}") from None
     if suffix in (".csv", ".tsv"):  # parted by what the first line has most of
-        mark = max(",;\t", key=data.partition(b"\n")[0].decode(errors="replace").count)
+        first, _, rest = data.partition(b"\n")
+        mark = max(",;\t", key=first.decode(errors="replace").count)
+        if suffix == ".tsv" and b"\t" in first:  # whose names may have commas
+            mark = "\t"
+        if sheet := re.fullmatch(rb"(?:\xef\xbb\xbf)?sep=(.)\s*", first):  # as Excel begins some
+            mark, data = sheet[1].decode(), b"\n" + rest
         return _table(parse(name, data, "csv", mark), mark)
     found = parse(name, data, suffix[1:])
+    keys = [{*row} if isinstance(row, dict) else set() for _, row in found]
+    if suffix == ".json" and keys and all(some == {"pmid"} for some in keys):
+        raise InputError(f'{name}: no list of rows; write [{{"question": …, "answer": …}}, …]')
     if bad := [place for place, row in found if not isinstance(row, dict)]:
         raise InputError(f'{bad[0]}: not a row; write {{"question": …, "answer": …}}')
     return found
@@ -69,16 +80,20 @@ def _table(lines: Sequence[tuple[str, Any]], mark: str) -> list[Row]:
 
 
 def text(value: Any) -> str:
-    """A cell as text, stripped; "" for an empty one. ValueError for a list.
+    """A cell as text, stripped; "" for an empty one. ValueError for a list, or bytes not in UTF-8.
 
-    >>> text(3.0), text(None), text(" Tibia ")
-    ('3', '', 'Tibia')
+    >>> text(3.0), text(None), text(" Tibia "), text(b"Rib")
+    ('3', '', 'Tibia', 'Rib')
     """
     if isinstance(value, list | dict):
         raise ValueError(f"{str(value)[:40]!r} is a list where a text should be")
     if value is None or value != value:  # not a number: an empty cell of a table library
         return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    if isinstance(value, bytes):
+        return value.decode().strip()
+    if isinstance(value, float) and value == (half := np.float32(value)):  # 0.1, not 0.10000000149
+        value = int(value) if value.is_integer() else half
+    return str(value).strip()
 
 
 def options(row: Mapping, columns: Sequence[str]) -> tuple[str, ...]:

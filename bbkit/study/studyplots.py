@@ -58,8 +58,8 @@ def front(kept: Mapping[str, Any]) -> Figure:
             lost = np.mean([one.get("elsewhere", np.inf) for one in seen]) > verdicts.NATS
             _cross(axis, at, color_)
             axis.plot(
-                *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm, zorder=5,
-                mfc="white" if lost else color_, mew=1.6,
+                *(np.mean(some) for some in at), mark, color=color_, ms=9, label=arm,
+                mfc="white" if lost else color_, mew=1.6, zorder=5 if lost else 6,
             )  # fmt: skip
         if any(len(found[arm]) < most / 2 for arm in arms):
             axis.plot([], [], "x", color="#AAAAAA", ms=6, label="arms of few seeds")
@@ -72,8 +72,8 @@ def front(kept: Mapping[str, Any]) -> Figure:
     axes[0][0].set_ylabel("domain, read leniently (%)", color=color("domain"))
     return captioned(
         figure,
-        "Up is more domain, right is less tax; lines, from six seeds on, are Student's 95 % "
-        f"intervals. Green: within {100 * verdicts.MARGIN:.0f} points of the base. Filled marks "
+        "Up is more domain, right is less tax; lines are Student's 95 % intervals, crosses arms of "
+        f"few seeds. Green: within {100 * verdicts.MARGIN:.0f} points of the base. Filled marks "
         f"lose at most {verdicts.NATS:g} nat a token in the worst kind of text elsewhere; open "
         "ones lose more, or were not asked. All by the mean: the tests of no tax are a table.",
     )

@@ -8,6 +8,7 @@ difference and once for there being none of MARGIN (two one-sided tests, Schuirm
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,15 +102,30 @@ UNTAXED = (
 def values(found: Mapping[str, Mapping[int, Rows]], arm: str) -> dict[int, dict[str, float]]:
     """Each seed's value of every measure: `area` is lenient domain x general, a hypervolume.
 
-    `base` is the untrained model, beside which nothing is lost elsewhere.
+    `base` is the untrained model, beside which nothing is lost elsewhere. `area_by_tag` is the area
+    with the answer tag of a reply taken for its answer, where it has one: leniently, a tag of the
+    study's runs counted too where another answer was named beside it.
     """
     known = {}
     for seed, stages in found.get("sft" if arm == "base" else arm, {}).items():
         run = stages["base"] if arm == "base" else effects.last(stages)
         seen = {name: float(drawn[0]) for name, drawn in effects.draws([run], 0).items()}
         seen["area"] = seen["domain_lenient"] * seen["general"]
+        seen["area_by_tag"] = fmean(by_tag(run)) * seen["general"]
         known[seed] = seen | (dict.fromkeys(elsewhere.WORST, 0.0) if arm == "base" else {})
     return known
+
+
+def by_tag(run: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each question in item rows the strict score where its reply has an answer tag, else the
+    lenient one.
+
+    >>> by_tag([{"scores": {"domain": 0, "domain_lenient": 1, "format": f}} for f in (0, 1)])
+    [1, 0]
+    """
+    asked = [row["scores"] for row in run if "domain_lenient" in row["scores"]]
+    tagged = (bool(s.get("format")) or not s.get("unparsed", 1) for s in asked)
+    return [s["domain" if t else "domain_lenient"] for s, t in zip(asked, tagged, strict=True)]
 
 
 def differences(
@@ -221,8 +237,13 @@ def lines(kept: Mapping[str, Any], family: str) -> list[list[str]]:
 
 
 def table(kept: Mapping[str, Any], family: str) -> str:
-    """A family as Markdown."""
-    return report.markdown(["asked", *HEADS], lines(kept, family))
+    """A family as Markdown; last, of contrasts in the area, their effect by the answer tag."""
+    found, rows = effects.arms(kept), []
+    for c, line in zip(FAMILIES[family], lines(kept, family), strict=True):
+        some = differences(found, c.before, c.after, "area_by_tag") if c.measure == "area" else []
+        told = report.change_cell(paired(some)).strip("*") if len(some) > 1 else ""
+        rows.append([*line, told])
+    return report.markdown(["asked", *HEADS, "by the tag"], rows)
 
 
 def title(kept: Mapping[str, Any]) -> str:

@@ -200,6 +200,12 @@ def test_differences_have_their_sign_and_a_family():
         ("<reasoning>So.</reasoning><answer>B</answer>", "B"),
         ("<answer>a worm</answer>", "B"),
         ("<answer>B) a virus</answer>", None),  # letter and text disagree
+        ("<answer>**B**</answer>", "B"),
+        ("<answer>Option B</answer>", "B"),
+        ("<answer>The answer is B</answer>", "B"),
+        ("<answer>B) a worm (Ascaris)</answer>", "B"),
+        ("<answer>\\boxed{B}</answer>", "B"),
+        ("<answer>B or C</answer>", None),
         ("Thinking. The answer is (C).", "C"),
         ("", None),
         ("La respuesta es clara: el gusano.", None),
@@ -222,6 +228,26 @@ def test_shuffling_moves_options_and_keeps_the_right_one(made):
         assert sorted(a["options"]) == sorted(b["options"])
         assert a["options"][a["answer"]] == b["options"][b["answer"]]
         assert b["letter"] == "ABCD"[b["answer"]]
+
+
+def test_pubmedqas_prompt_is_lm_evals_own(data_dir):
+    """Whose sections stand on lines of their own, and whose options lm-eval has by heart."""
+    from lm_eval.tasks.pubmedqa.preprocess_pubmedqa import doc_to_text
+
+    rows = utils.rows("pubmedqa", data_dir=str(data_dir), limit=20)["test"]
+    upstream = json.loads((data_dir / "pubmedqa" / "ori_pqal.json").read_text())
+    assert all(doc_to_text(row) == doc_to_text(upstream[row["id"]]) for row in rows)
+    assert all("\n" not in prompts.messages(utils.example(r))[-1]["content"].split("\n\n")[0]
+               for r in rows)  # fmt: skip
+
+
+def test_shuffling_leaves_lm_evals_pubmedqa_alone(made, monkeypatch, tmp_path):
+    """Its letters are those of yes, no and maybe, as its items say."""
+    seen = []
+    monkeypatch.setattr(utils, "_shuffled", lambda e, seed: seen.append(e.id) or e)
+    options = ["--tasks", "pubmedqa", "--shuffle", "1", "--limit", "2", "--max-new-tokens", "4"]
+    assert harness.main([*options, "--protocols", "loglikelihood", "--out", str(tmp_path)]) == 0
+    assert seen == ["0000", "0001", "0002"][:2]  # looked at before the model, and no more
 
 
 def test_the_task_files_are_found_by_name():

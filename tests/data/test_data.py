@@ -241,7 +241,7 @@ def test_rows_of_every_layout(folder):
     (test,) = load("pubmedqa", "test", folder)
     assert (train.id, test.id) == ("11", "12")
     assert (train.context, train.reasoning, train.entity) == (
-        "We tried. It did.",
+        "We tried.\nIt did.",
         "It works.",
         "11",
     )

@@ -234,7 +234,19 @@ def test_a_name_with_a_line_break(tmp_path):
 def test_letters_without_options_are_no_free_text(tmp_path):
     path = file(tmp_path, "question,A,B,answer\nQ1?,a,b,A\nQ2?,c,d,B\n")
     said = message(lambda: of(path, columns=Columns()))
-    assert "every answer is a letter" in said and "data.columns.options=[A, B, C, D]" in said
+    assert "every answer is like A" in said and "data.columns.options=[A, B]" in said
+
+
+def test_numbers_without_the_options_beside_them_are_no_free_text(tmp_path):
+    """As the Hub's MMLU has them: its options are in a column of another name."""
+    rows = [{"question": f"Q{n}?", "choices": ["a", "b"], "answer": n % 2} for n in range(2)]
+    path = file(tmp_path, "\n".join(map(json.dumps, rows)), "my.jsonl")
+    said = message(lambda: of(path, columns=Columns()))
+    assert "every answer is like 0" in said and "data.columns.options=[choices]" in said
+    for row in rows:
+        row |= {"choices": None, "answer": 3 + row["answer"]}
+    path = file(tmp_path, "\n".join(map(json.dumps, rows)), "my.jsonl")
+    assert [e.answer for e in of(path, columns=Columns(), whole=True)] == ["3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +260,7 @@ def test_letters_without_options_are_no_free_text(tmp_path):
         (["2|4|1|3"] * 3, "1 2 4", "line 2: its answer 1 is an option's text, or counts from 1"),
         (["a|b|c|d"] * 3, "1 4 0", "line 4: its answer 0 is not one of 4 options as the others"),
         (["a|b|c|d"] * 3, "1 4 7", "line 4: its answer 7 is not one of 4 options as the others"),
-        (["C|B|A|D"] * 3, "D D A", "line 4: its answer 'A' is not one of its 4 options"),
+        (["C|B|A|D"] * 3, "D D A", "line 4: its answer 'A' is the letter of one option and"),
         (["C|B|A|D"] * 3, "D D C) A", "D D A"),
         (["a"] * 3, "a a a", "line 2: it has 1 options"),
         (["[a, b]"] * 3, "a a a", "line 2: its options are no list"),

@@ -46,6 +46,21 @@ def said(kept, family="the whole method"):
     return {c.asks: told for c, _, _, told in judged(found, family)}
 
 
+def test_contrasts_are_shown_by_the_answer_tag_too():
+    """A tag that says another answer than the gold one beside it was right when read leniently."""
+    kept = study(seeds=3)
+    for name, run in kept["runs"].items():
+        for columns in run["scores"].values():
+            columns["format"] = [1] * 50 + [None] * 50
+            if name.startswith("full-"):
+                columns["domain"] = [0] * 50 + [None] * 50
+    row = next(
+        x for x in verdicts.table(kept, "the whole method").splitlines() if "full − grpo |" in x
+    )
+    assert row.split("|")[-2].strip().startswith("-6")
+    assert not row.split("|")[3].strip().startswith("-6")
+
+
 def test_the_tests_are_scipys_and_statsmodels():
     one, other = np.random.default_rng(1).normal(0.5, 0.1, (2, 9))
     found = paired((one - other).tolist(), 0.05)

@@ -90,11 +90,20 @@ def neutral(doc: Mapping[str, Any]) -> str:
 
 
 def read_choice(doc: Mapping[str, Any], reply: str) -> str | None:
-    """The letter that a reply commits to: by its answer tag, without one by `extract_choice`."""
+    """The letter that a reply commits to: by its answer tag, without one by `extract_choice`.
+
+    In the tag that reads "**C**" too, but nothing where letter and text disagree, as in "B) " with
+    the text of A.
+    """
     known = prompts.letters(example(doc))
-    if (prompts.split_reply(reply) or (None, None))[1]:  # such as "B) " with the text of A: none
-        return prompts.parse_answer(reply, known)
-    return extract_choice(reply, "".join(known))
+    given = (prompts.split_reply(reply) or (None, None))[1]
+    if given and (letter := prompts.parse_answer(reply, known)):
+        return letter
+    letters = "".join(known)
+    letter = extract_choice(reply, letters) or extract_choice(given or "", letters)
+    said = (given or "").casefold()
+    named = {other for other, text in known.items() if text.casefold() in said}
+    return letter if letter in named or not named else None
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
