@@ -23,6 +23,8 @@ from bbkit import CannotRun, InputError, gradients, weighting
 from bbkit.combination import COMBINATIONS, Limits, adam_scale, combine, gramian
 from bbkit.config import Metric
 from bbkit.machine import sampling
+from bbkit.machine.backward import Pass, replays
+from bbkit.machine.balance import Balance
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as Trainer
@@ -115,7 +117,7 @@ class CapabilityAware(Trainer):
             print(f"gradient engine replay: loss_type {self.loss_type} is not known to be gated")
         elif fused := gradients.unfuse(self.model):
             print(f"gradient engine one_pass: PEFT's forwards, not {fused} fused kernels")
-        self.add_callback(weighting.Balance(self))
+        self.add_callback(Balance(self))
 
     def _capture_of(self, model) -> None:
         """Of which parameters gradients are kept: anew where others train, as `model_init`'s do."""
@@ -172,12 +174,12 @@ class CapabilityAware(Trainer):
         weights, one_pass = self.controller.weights, self.gradient_engine == "one_pass"
         whole = columns @ torch.tensor(weights).to(columns)
         whole = torch.where(whole.abs() < LEAST, LEAST, whole)
-        passes = [gradients.Pass(whole, 0, 1.0, 1.0)]
+        passes = [Pass(whole, 0, 1.0, 1.0)]
         if not one_pass:
             clips = inputs.get("old_per_token_logps") is not None
-            passes = gradients.replays(columns, whole, weights, clips)
+            passes = replays(columns, whole, weights, clips)
         if self.rest:  # a pass of its own, into the last row
-            passes.append(gradients.Pass(0 * whole, self.capabilities, 1.0, 1.0))
+            passes.append(Pass(0 * whole, self.capabilities, 1.0, 1.0))
         value, logged = torch.zeros_like(whole[0]), dict[str, list]()
         for i, (advantages, row, sign, counts) in enumerate(passes):
             last, rest = i == len(passes) - 1, row == self.capabilities

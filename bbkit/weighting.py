@@ -15,8 +15,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from bbkit import InputError
 from bbkit.config import Advantages
@@ -153,14 +151,11 @@ class Controller:
         off = [r for r in stats.reward if r is not None and not 0 <= r <= 1]
         if self.rule is deficit and off and not self.said:
             self.said = True
-            print(
-                f"a mean reward of {off[0]:.3g}: deficit is made for [0, 1] and weighs what is far "
-                f"below {self.target:g}; scale the rewards, or set controller='fixed'"
-            )
-        powers = self.rule(self, stats)
-        if powers is not None:
-            powers = [p if w else 0.0 for p, w in zip(powers, self.preference, strict=True)]
-        if powers is not None and all(map(math.isfinite, powers)) and sum(powers) > 0:
+            mend = "scale that reward, or set controller='fixed'"
+            print(f"a mean reward of {off[0]:.3g}: deficit is made for [0, 1]; {mend}")
+        found = self.rule(self, stats) or [0.0] * len(self.weights)
+        powers = [p * (w > 0) for p, w in zip(found, self.preference, strict=True)]
+        if sum(powers) > 0 and all(map(math.isfinite, powers)):
             self.weights = self._above_floor([p / sum(powers) for p in powers])
         return self.weights
 
@@ -207,30 +202,6 @@ class Controller:
             if not below:
                 return found
             low |= below
-
-
-class Balance(TrainerCallback, ExportableState):
-    """Keeps the weights of the rewards in each checkpoint's trainer_state.json, to go on from."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def state(self) -> dict:
-        seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
-        return {"args": {}, "attributes": seen}
-
-    def restore(self, state: dict) -> None:
-        """Go on from a `state`; so too where a step was broken off after its weights had moved."""
-        trainer = self.trainer
-        trainer.micro_batches = []
-        trainer.capture.clear()
-        if trainer.limits is not None:
-            trainer.limits.rows.clear()
-        self.trainer.controller.restore(state["attributes"]["controller"])
-        self.trainer.gramian = state["attributes"]["gramian"]
-
-    def on_train_begin(self, args, state, control, **_):
-        self.restore(state.stateful_callbacks.get("Balance", self.state()))
 
 
 def fixed(controller: Controller, stats: Stats) -> None:

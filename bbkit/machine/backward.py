@@ -5,9 +5,9 @@ comes back; any other module (embedding, norm, DoRA's magnitude) runs once more 
 back once for each capability, no further than its own parameters.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,3 +163,32 @@ def watch(model: nn.Module, capture: Any) -> Iterator[Any]:
                 module.forward = shown
                 undo.callback(delattr, module, "forward")
         yield capture
+
+
+class Pass(NamedTuple):
+    """A pass of replay: of which row, with which sign, and what it counts for in the loss."""
+
+    advantages: Tensor
+    row: int
+    sign: float
+    counts: float
+
+
+def replays(
+    columns: Tensor, whole: Tensor, weights: Sequence[float], clips: bool = False
+) -> list[Pass]:
+    """The passes that give a gradient of each of the columns (N, K) apart.
+
+    Where a loss `clips` by the sign of its advantages, what opposes `whole` (N,), the sum by the
+    weights, takes a pass of its own at the opposite sign: all are clipped as the whole is.
+
+    >>> [p.advantages.tolist() for p in replays(torch.tensor([[2.0], [-1.0]]), torch.ones(2), [1])]
+    [[2.0, -1.0]]
+    """
+    passes = []
+    for k, (column, weight) in enumerate(zip(columns.T, weights, strict=True)):
+        against = (column * whole < 0) & clips
+        if against.any():
+            passes.append(Pass(-column * against, k, -1.0, -weight))
+        passes.append(Pass(column * ~against, k, 1.0, weight))
+    return passes
