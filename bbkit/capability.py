@@ -84,6 +84,7 @@ class CapabilityAware(Trainer):
     asked: Asked
     model: Any  # this and the next are the trainer's
     num_generations: int
+    limits: Any = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -107,9 +108,8 @@ class CapabilityAware(Trainer):
         # Rows: the capabilities, then what belongs to none and stays as it is, where there is such:
         # KL penalty, entropy bonus, a router's auxiliary loss.
         self.rest = bool(self.beta or self._entropy_bonus_enabled or self.aux_loss_enabled)
-        self.limits: Any = None
+        self.checked = False  # the loss, for terms of its own
         self._capture_of(self.model)
-        self.checked = False  # whether the loss has terms of its own
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise InputError("capability-aware GRPO: not with DeepSpeed or FSDP, which step apart")
         self.gradient_engine = "one_pass" if self.loss_type in GATED else "replay"
@@ -168,7 +168,8 @@ class CapabilityAware(Trainer):
         if columns is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.micro_batches.append(inputs)
-        self._refuse_other_terms(inputs)
+        if not self.checked:
+            self._refuse_other_terms(inputs)
         # The advantage of the weighted sum decides what is clipped, in all capabilities alike: at
         # it the terms are TRL's own, each of which a capability's share of it then multiplies.
         weights, one_pass = self.controller.weights, self.gradient_engine == "one_pass"
@@ -176,8 +177,7 @@ class CapabilityAware(Trainer):
         whole = torch.where(whole.abs() < LEAST, LEAST, whole)
         passes = [Pass(whole, 0, 1.0, 1.0)]
         if not one_pass:
-            clips = inputs.get("old_per_token_logps") is not None
-            passes = replays(columns, whole, weights, clips)
+            passes = replays(columns, whole, weights, "old_per_token_logps" in inputs)
         if self.rest:  # a pass of its own, into the last row
             passes.append(Pass(0 * whole, self.capabilities, 1.0, 1.0))
         value, logged = torch.zeros_like(whole[0]), dict[str, list]()
@@ -198,9 +198,7 @@ class CapabilityAware(Trainer):
         return loss + (value - loss).detach()  # the slope of the last pass, the value of all
 
     def _refuse_other_terms(self, inputs) -> None:
-        """Once: a term of the loss that no advantage multiplies would be weighed by them."""
-        if self.checked:
-            return
+        """A term of the loss that no advantage multiplies would be weighed by them."""
         self.checked, none = True, torch.zeros_like(inputs["advantages"])
         with torch.no_grad(), torch.random.fork_rng([none.device] if none.is_cuda else []):
             left = self._loss(inputs | {"advantages": none}, rest=False)[0].item()

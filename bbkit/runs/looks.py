@@ -37,8 +37,9 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def rewards_of(folder: Path) -> tuple[str, ...]:
-    """Names of a run's rewards; the kit's three in a run from before there was a choice."""
-    grpo = read_json(folder / "run.json")["settings"].get("grpo", {})
+    """Names of a run's rewards; the kit's three where nothing says so, as in notebook 02."""
+    path = folder / "run.json"
+    grpo = read_json(path)["settings"].get("grpo", {}) if path.exists() else {}
     return functions.names(grpo.get("rewards", functions.REWARDS))
 
 

@@ -146,6 +146,8 @@ def test_bars_have_the_heights_of_the_evaluation(run_folder):
     assert heights == wanted
     colors = {to_hex(bar.get_facecolor()).upper() for bar in axis.patches}
     assert colors == {plots.color(measure) for measure in plots.SHOWN}
+    (run_folder / "run.json").unlink()  # notebook 02 has results and no run
+    assert len(plots.before_after(run_folder).axes[0].patches) == len(axis.patches)
 
 
 @pytest.mark.parametrize("stages", [(), ("base",), ("base", "sft")])
