@@ -116,16 +116,6 @@ def reasoning(example: Example, why: str, answer: str | None = None) -> float:
 
 
 @pytest.mark.parametrize("example", [*EXAMPLES, INSTRUCTION], **names)
-def test_an_abbreviation_ends_no_sentence():
-    e = Example("1", "choice", "Which?", options=("E. coli", "S. aureus"), answer="E. coli")
-    text = "The rods are straight and stain red, as none of the cocci would, hence it is {}."
-    found = [
-        rewards.reasoning(e, f"<reasoning>{text.format(n)}</reasoning><answer>A</answer>")
-        for n in ("E. coli", "S. aureus")
-    ]
-    assert found == [1.0, 0.5]
-
-
 @pytest.mark.parametrize("size", [2000, 50_000])
 def test_hack_gallery_scores_what_it_must(example, size):
     gallery = workshop.hack_gallery(example, size)
@@ -567,3 +557,13 @@ def test_what_the_kit_generates_is_valid(monkeypatch):
     rows = questions.ontology("validation")
     rewards.validate([*rows, *instructions.examples("validation", per_kind=3)])
     assert {row.task for row in rows} == {"choice", "short"}
+
+
+def test_an_abbreviation_ends_no_sentence():
+    e = Example("1", "choice", "Which?", options=("E. coli", "S. aureus"), answer="E. coli")
+    text = "The rods are straight and stain red, as none of the cocci would, hence it is {}."
+    found = [
+        rewards.reasoning(e, f"<reasoning>{text.format(n)}</reasoning><answer>A</answer>")
+        for n in ("E. coli", "S. aureus")
+    ]
+    assert found == [1.0, 0.5]

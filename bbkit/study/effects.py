@@ -7,7 +7,7 @@ it was asked; `worse` the worse of it and domain accuracy, `hypervolume` the are
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,16 @@ KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
 
 
-def arms(kept: Mapping[str, Any]) -> dict[str, dict[int, Rows]]:
-    """Item rows by stage of every arm and seed of a record; `sft` is what the others began with."""
+def arms(kept: Mapping[str, Any], some: Collection[str] = ()) -> dict[str, dict[int, Rows]]:
+    """Item rows by stage of every arm and seed of a record; `sft` is what the others began with.
+
+    Or of `some` arms and `sft`: all of a long record take seconds.
+    """
     found: dict[str, dict[int, Rows]] = {}
     for name in kept["runs"]:
         arm, _, seed = name.rpartition("-")
+        if some and arm not in some and arm != "sft":
+            continue
         found.setdefault(arm, {})[int(seed)] = recorded.unpack(kept, name)
     return found
 

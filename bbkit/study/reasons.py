@@ -41,8 +41,9 @@ def scores(kept: Mapping[str, Any], regime: str) -> str:
 
     Of each kind of text elsewhere the KL to the base along it; of the worst the loss above it too.
     """
-    found, lines = effects.arms(kept), []
-    seen = {arm: [*verdicts.values(found, arm).values()] for arm in ("base", *arms(kept, regime))}
+    shown, lines = ("base", *arms(kept, regime)), []
+    found = effects.arms(kept, shown)
+    seen = {arm: [*verdicts.values(found, arm).values()] for arm in shown}
     kinds = elsewhere.by_kind(seen["base"][0])["elsewhere_kl"]
     asked = [name for name in SCORES if any(name in some[0] for some in seen.values())]
     for arm, some in seen.items():
@@ -50,8 +51,8 @@ def scores(kept: Mapping[str, Any], regime: str) -> str:
         cells = [report.cell(mean[name]) if name in mean else "" for name in asked]
         worst = mean["elsewhere"]
         cells.append(report.nats(worst) if worst["interval"] else f"{worst['value']:.3f}")
-        shown = (*kinds.values(), *effects.KL)
-        cells += [f"{mean[name]['value']:.3f}" if name in mean else "" for name in shown]
+        names = (*kinds.values(), *effects.KL)
+        cells += [f"{mean[name]['value']:.3f}" if name in mean else "" for name in names]
         lines.append([arm, str(len(some)), *cells])
     heads = ["arm", "seeds", *(SCORES[name] for name in asked), "worst kind: loss, nats"]
     heads += [f"KL on texts: {kind}" for kind in kinds]

@@ -132,7 +132,10 @@ def differences(
     found: Mapping[str, Mapping[int, Rows]], before: str, after: str, measure: str
 ) -> list[float]:
     """`after` minus `before` on each seed that both have, in the order of the seeds."""
-    one, other = values(found, before), values(found, after)
+    return _between(values(found, before), values(found, after), measure)
+
+
+def _between(one: Mapping[int, Any], other: Mapping[int, Any], measure: str) -> list[float]:
     return [other[s][measure] - one[s][measure] for s in sorted(one.keys() & other.keys())]
 
 
@@ -200,14 +203,18 @@ def judged(found: Mapping[str, Mapping[int, Rows]], family: str) -> list[tuple]:
     """Each contrast of a family with what `paired` gives, None before two seeds of it have run, its
     adjusted p-value and its verdict."""
     asked, seen = FAMILIES[family], []
+    known = {arm: values(found, arm) for c in asked for arm in (c.before, c.after)}
     for contrast in asked:
-        some = differences(found, contrast.before, contrast.after, contrast.measure)
+        some = _between(known[contrast.before], known[contrast.after], contrast.measure)
         margin = NATS if contrast.measure == "elsewhere" else MARGIN
         seen.append(paired(some, margin) if len(some) > 1 else None)
+        if seen[-1] and contrast.measure == "area":
+            some = _between(known[contrast.before], known[contrast.after], "area_by_tag")
+            seen[-1]["by_tag"] = paired(some)
     rows = []
     for c, s, p, p_none in zip(asked, seen, holm(seen, "p"), holm(seen, "p_none"), strict=True):
         said = verdict(s, p, p_none, c.measure == "elsewhere") if s else "not run"
-        if s and not any(v[c.measure] for a in c[1:3] for v in values(found, a).values()):
+        if s and not any(v[c.measure] for a in c[1:3] for v in known[a].values()):
             said = "none to see: both are 0"  # a floor, and no equivalence
         if s and said == "undecided":
             said += f"; takes about {needed(s, LEVEL / len(asked))} seeds"
@@ -219,42 +226,39 @@ def _p(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-HEADS = ("compared", "effect", "seeds", "p (Holm)", "verdict")
+HEADS = ("compared", "effect", "seeds", "p (Holm)", "verdict", "by the tag")
 
 
 def lines(kept: Mapping[str, Any], family: str) -> list[list[str]]:
     """What is asked, of which arms, by how much, on how many seeds: a line a contrast."""
-    found = []
-    for contrast, seen, p, said in judged(effects.arms(kept), family):
-        cells = ["", "", ""]
+    found, asked = [], {arm for c in FAMILIES[family] for arm in (c.before, c.after)}
+    for contrast, seen, p, said in judged(effects.arms(kept, asked), family):
+        cells, by_tag = ["", "", ""], ""
         if seen:
             show = report.nats if contrast.measure == "elsewhere" else report.change_cell
             told = show(seen).strip("*")  # bold is what the whole family allows
             cells = [f"**{told}**" if p < LEVEL else told, str(seen["n"]), _p(p)]
+        if seen and "by_tag" in seen:
+            by_tag = report.change_cell(seen["by_tag"]).strip("*")
         compared = f"{contrast.measure}: {contrast.after} − {contrast.before}"
-        found.append([contrast.asks, compared, *cells, said])
+        found.append([contrast.asks, compared, *cells, said, by_tag])
     return found
 
 
 def table(kept: Mapping[str, Any], family: str) -> str:
     """A family as Markdown; last, of contrasts in the area, their effect by the answer tag."""
-    found, rows = effects.arms(kept), []
-    for c, line in zip(FAMILIES[family], lines(kept, family), strict=True):
-        some = differences(found, c.before, c.after, "area_by_tag") if c.measure == "area" else []
-        told = report.change_cell(paired(some)).strip("*") if len(some) > 1 else ""
-        rows.append([*line, told])
-    return report.markdown(["asked", *HEADS, "by the tag"], rows)
+    return report.markdown(["asked", *HEADS], lines(kept, family))
 
 
 def title(kept: Mapping[str, Any]) -> str:
     """The contrasts of TITLE as Markdown, each judged in its family."""
     chosen = [
-        [family, *line]
+        [family, *line[:-1]]
         for family, asked in FAMILIES.items()
         for c, line in zip(asked, lines(kept, family), strict=True)
         if (c.before, c.after) in TITLE
     ]
-    return report.markdown(["after", "asked", *HEADS], chosen)
+    return report.markdown(["after", "asked", *HEADS[:-1]], chosen)
 
 
 def untaxed(kept: Mapping[str, Any]) -> str:
@@ -262,7 +266,7 @@ def untaxed(kept: Mapping[str, Any]) -> str:
 
     "taxed" is an arm of which one interval of its own, not adjusted, lies beyond its margin.
     """
-    found = effects.arms(kept)
+    found = effects.arms(kept, [arm for some in UNTAXED for arm in some])
     rows = [row for arms in UNTAXED for row in _untaxed(found, arms)]
     heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p of no tax (Holm)"]
     return report.markdown([*heads, "verdict"], rows)
