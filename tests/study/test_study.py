@@ -154,6 +154,7 @@ def test_an_interrupted_study_waits_for_its_run_and_says_how_to_go_on(tmp_path, 
     )  # fmt: skip
     while not (tmp_path / "sft-0" / "run.json").exists() and study_.poll() is None:
         time.sleep(0.1)
+    time.sleep(1)  # the folder is held a moment after its manifest is there
     if sent == signal.SIGINT:
         os.killpg(study_.pid, sent)  # as a terminal does
     else:
