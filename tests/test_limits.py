@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from bbkit.combination import Limits, nearest
+from bbkit.combination import Limits, gramian, inner, nearest
 
 
 def solved(rows, made, scale, bounds):
@@ -156,3 +156,19 @@ def test_adam_with_8_bit_states_is_kept_in_plain_distance(capsys):
         assert noted["retention/slope_kept"] <= bound
     assert optimizer.state[parameter]["state2"].dtype == torch.uint8
     assert "AdamW8bit has no float moments" in capsys.readouterr().out
+
+
+def test_rows_that_oppose_one_another_are_no_error():
+    """A reward, and one that is the other way round, on a step: with a slack of 1e-9 for 1e-6
+    quadprog found every fifth of these contradictory, and the run ended there."""
+    draw = torch.Generator().manual_seed(0)
+    for turn in range(200):
+        rows = torch.randn(3 + turn % 3, 300, generator=draw)
+        rows[1] = -rows[2] * (0.1 + 3 * torch.rand(1, generator=draw))
+        rows = rows * 10 ** (2 * torch.rand(len(rows), 1, generator=draw) - 1)
+        scale = 0.1 + 10 * torch.rand(300, generator=draw)
+        bounds = torch.zeros(len(rows))
+        bounds[0] = 3e-3 if turn % 2 else -3e-3
+        made = 1e-3 * torch.randn(1, 300, generator=draw)
+        removed, left = nearest(gramian(rows, scale), inner(rows, made)[:, 0], bounds)
+        assert removed.isfinite().all() and left >= 0

@@ -169,3 +169,10 @@ def test_bad_weights_are_named():
         CONTROLLERS["deficit"]([1, -1])
     with pytest.raises(InputError, match=r"weight floor 0.5: below 1/2"):
         CONTROLLERS["deficit"]([1, 1], floor=0.5)
+
+
+def test_one_completion_alone_that_is_scored_has_no_advantage():
+    r = torch.full((8, 2), NAN)
+    r[3, 0] = 0.4
+    for scheme in SCHEMES:
+        assert (advantages(r, 4, [0.5, 0.5], scheme) == 0).all(), scheme
