@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from bbkit import prompts, rewards
 from bbkit.benchmarks.extraction import extract_choice as extract_choice  # its documented place
 from bbkit.benchmarks.ifeval import final_answer, score_ifeval
+from bbkit.benchmarks.tasks.utils import read_choice
 from bbkit.data import instructions, questions
 from bbkit.machine.generation import generate as generate  # the notebooks' name for it
 from bbkit.prompts import Example
@@ -26,7 +27,7 @@ def lenient(example: Example, reply: str) -> float:
     """1 if the reply comes to the gold answer, in the kit's grammar or without it.
 
     What is read is the answer tag, the whole reply where it has none: the letter that it commits to
-    (`extract_choice`), else whether it names the gold or a synonym, and no other option.
+    as on a benchmark, else whether it names the gold or a synonym, and no other option.
 
     >>> e = Example("1", "choice", "Cause?", options=("a virus", "a worm"), answer="a virus")
     >>> lenient(e, "It comes from a virus."), lenient(e, "a virus or a worm"), lenient(e, "**A**")
@@ -36,10 +37,9 @@ def lenient(example: Example, reply: str) -> float:
     """
     if rewards.domain(example, reply):
         return 1.0
-    said = (prompts.split_reply(reply) or (None, None))[1] or reply
-    options = prompts.letters(example)
-    if letter := extract_choice(said, "".join(options)) if options else None:
-        return float(options[letter] == example.answer)
+    if example.options and (letter := read_choice(example, reply)):
+        return float(prompts.letters(example)[letter] == example.answer)
+    said = prompts.parse_answer(reply) or reply
     gold = {name.casefold() for name in (example.answer, *example.synonyms)}
     rest, named = said.casefold(), set()
     # The longest first, since one option may contain another.

@@ -232,9 +232,7 @@ class Keeping(Trainer):
         total = torch.zeros((), device=self.accelerator.device)
         words = model.config.get_text_config().vocab_size
         for part in batches(chosen[rank::world], words):
-            with adapters.without_dropout(
-                model
-            ):  # over the backward pass too, which may compute anew
+            with adapters.without_dropout(model):  # in the backward pass too: it may compute anew
                 with self.compute_loss_context_manager():
                     loss = divergence(model, self.keeps.base, part) / tokens
                 self.accelerator.backward(loss)

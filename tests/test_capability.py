@@ -257,6 +257,7 @@ def test_unsloths_fused_kernels_give_way_to_one_pass(build, monkeypatch, capsys)
     "arguments",
     [
         {"num_iterations": 3},
+        {"num_iterations": 3, "engine": "replay"},
         {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
         {"num_iterations": 3, "beta": 0.3},
         {"num_iterations": 3, "loss_type": "sapo"},
@@ -265,11 +266,10 @@ def test_unsloths_fused_kernels_give_way_to_one_pass(build, monkeypatch, capsys)
         {"num_iterations": 3, "loss_type": "cispo"},
     ],
 )
-@pytest.mark.parametrize("engine", ["one_pass", "replay"])
-def test_several_updates_of_one_generation_are_clipped_as_trls(build, arguments, engine):
+def test_several_updates_of_one_generation_are_clipped_as_trls(build, arguments):
     """At a rate at which most of them are, of one sign of the advantage or of the other."""
-    if engine == "replay" and arguments != {"num_iterations": 3}:
-        pytest.skip("replay is slow, and the same for all")
+    arguments = dict(arguments)
+    engine = arguments.pop("engine", "one_pass")
     options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     trainer = build(
         trainer=against_trl(PLAIN | {"advantages": "grpo"}), steps=6,

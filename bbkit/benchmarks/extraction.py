@@ -215,9 +215,13 @@ def _sentences(text: str, letters: str) -> Iterator[str | None]:
 
 def _listed(text: str, letters: str) -> bool:
     """Whether a text that begins with the first option goes on with the second: no answer."""
-    lines = [bare for line in text.splitlines() if (bare := line.strip(" *_`>#-\t"))]
+    lines = _bare(text)
     second = re.match(rf"[(\[]?{letters[1]}{MARKED}", "".join(lines[1:2]))
     return bool(second) and not REFUSED.search(lines[1][:300])
+
+
+def _bare(text: str) -> list[str]:
+    return [bare for line in text.splitlines() if (bare := line.strip(" *_`>#-\t"))]
 
 
 def _denied(text: str, match: re.Match) -> bool:
@@ -226,7 +230,7 @@ def _denied(text: str, match: re.Match) -> bool:
 
 def _lines(text: str, letters: str) -> Iterator[str | None]:
     text = text.upper() if len(text.strip(" *_`")) == 1 else text  # "b", and nothing else
-    lines = [bare for line in text.splitlines() if (bare := line.strip(" *_`>#-\t"))]
+    lines = _bare(text)
     if not lines:
         return
     labelled = [_line(line, letters) for line in lines]

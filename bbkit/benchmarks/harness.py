@@ -229,7 +229,7 @@ def _item(sample: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         return row | {"kinds": doc["instruction_id_list"], "reply": sample["resps"][0][0]}
     if protocol != "loglikelihood":
         row["reply"] = sample["resps"][0][0]
-        letter = utils.read_choice(doc, row["reply"])
+        letter = utils.read_choice(utils.example(doc), row["reply"])
     else:
         likelihoods = [response[0] for response in sample["filtered_resps"]]
         row["loglikelihoods"] = likelihoods

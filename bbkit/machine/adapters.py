@@ -31,7 +31,8 @@ def refuse_changed_base(model) -> None:
 def without_dropout(model) -> Iterator[None]:
     """Dropout and NEFTune's noise would part a model from itself: all is in eval mode, but for what
     checkpoints activations, which it does in training alone."""
-    modules = [m for m in model.modules() if m.training and not _checkpoints(m)]
+    running = (m for m in model.modules() if m.training)
+    modules = [m for m in running if not getattr(m, "gradient_checkpointing", False)]
     for module in modules:
         module.training = False
     try:
@@ -39,7 +40,3 @@ def without_dropout(model) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
-
-
-def _checkpoints(module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))

@@ -166,7 +166,7 @@ def watch(model: nn.Module, capture: Any) -> Iterator[Any]:
 
 
 class Pass(NamedTuple):
-    """A pass of replay: of which row, with which sign, and what it counts for in the loss."""
+    """At which advantages, into which row, with which sign; what it counts for in the loss."""
 
     advantages: Tensor
     row: int

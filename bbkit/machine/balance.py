@@ -24,8 +24,8 @@ class Balance(TrainerCallback, ExportableState):
         trainer.capture.clear()
         if trainer.limits is not None:
             trainer.limits.rows.clear()
-        self.trainer.controller.restore(state["attributes"]["controller"])
-        self.trainer.gramian = state["attributes"]["gramian"]
+        trainer.controller.restore(state["attributes"]["controller"])
+        trainer.gramian = state["attributes"]["gramian"]
 
     def on_train_begin(self, args, state, control, **_):
         self.restore(state.stateful_callbacks.get("Balance", self.state()))

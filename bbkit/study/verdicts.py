@@ -102,9 +102,9 @@ UNTAXED = (
 def values(found: Mapping[str, Mapping[int, Rows]], arm: str) -> dict[int, dict[str, float]]:
     """Each seed's value of every measure: `area` is lenient domain x general, a hypervolume.
 
-    `base` is the untrained model, beside which nothing is lost elsewhere. `area_by_tag` is the area
-    with the answer tag of a reply taken for its answer, where it has one: leniently, a tag of the
-    study's runs counted too where another answer was named beside it.
+    `base` is the untrained model, beside which nothing is lost elsewhere. `area_by_tag` takes the
+    answer tag of a reply for its answer, where it has one: `area` of the study's runs was read in
+    the whole reply, also where its tag said something else.
     """
     known = {}
     for seed, stages in found.get("sft" if arm == "base" else arm, {}).items():

@@ -215,7 +215,7 @@ def test_differences_have_their_sign_and_a_family():
 )
 def test_what_a_reply_commits_to(reply, letter):
     doc = utils._row(MADE["medqa"][0])
-    assert utils.read_choice(doc, reply) == letter
+    assert utils.read_choice(utils.example(doc), reply) == letter
     measures = utils.score(doc, [reply])
     assert measures["parsed"] == float(letter is not None)
     assert measures["acc"] == float(letter == "A")

@@ -89,26 +89,25 @@ def neutral(doc: Mapping[str, Any]) -> str:
     return f'{kit(doc)}\n\nThink step by step, then end with "The answer is (X)".'
 
 
-def read_choice(doc: Mapping[str, Any], reply: str) -> str | None:
+def read_choice(asked: Example, reply: str) -> str | None:
     """The letter that a reply commits to: by its answer tag, without one by `extract_choice`.
 
     In the tag that reads "**C**" too, but nothing where letter and text disagree, as in "B) " with
     the text of A.
     """
-    known = prompts.letters(example(doc))
-    given = (prompts.split_reply(reply) or (None, None))[1]
-    if given and (letter := prompts.parse_answer(reply, known)):
+    known = prompts.letters(asked)
+    if letter := prompts.parse_answer(reply, known):
         return letter
-    letters = "".join(known)
-    letter = extract_choice(reply, letters) or extract_choice(given or "", letters)
-    said = (given or "").casefold()
+    given, letters = prompts.parse_answer(reply) or "", "".join(known)
+    letter = extract_choice(reply, letters) or extract_choice(given, letters)
+    said = given.casefold()
     named = {other for other, text in known.items() if text.casefold() in said}
     return letter if letter in named or not named else None
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Measures of one reply: right, and read at all."""
-    letter = read_choice(doc, results[0])
+    letter = read_choice(example(doc), results[0])
     return {"acc": float(letter == doc["letter"]), "parsed": float(letter is not None)}
 
 
