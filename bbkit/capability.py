@@ -219,7 +219,7 @@ class CapabilityAware(Trainer):
             loss = super().compute_loss(self.accelerator.unwrap_model(self.model), inputs)
             return loss, dict(self._metrics["train"])
         finally:
-            vars(self).update(kept)
+            self.__dict__.update(kept)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         one_pass, known = self.gradient_engine == "one_pass", self.capture.parameters

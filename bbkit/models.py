@@ -88,7 +88,7 @@ def add_lora(model: PreTrainedModel, settings: ModelSettings, seed: int) -> Peft
     every = "all-linear" in settings.lora_targets
     lora = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # any number serves
+        lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if every else list(settings.lora_targets),
         task_type="CAUSAL_LM",

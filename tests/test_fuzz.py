@@ -42,10 +42,10 @@ CASES = settings(
 )
 
 
-def fuzzed(test):
+def fuzzed(test, how=CASES):
     """A hundred cases, or as many hundreds as fit into BBKIT_FUZZ minutes."""
 
-    cases = CASES(test)
+    cases = how(test)
 
     @functools.wraps(cases)
     def repeated(**fixtures):
@@ -53,7 +53,7 @@ def fuzzed(test):
         while not times or time.monotonic() < until:
             cases(**fixtures)
             times += 1
-        print(f"{test.__name__}: {100 * times:,} cases")
+        print(f"{test.__name__}: {how.max_examples * times:,} cases")
 
     return repeated
 
@@ -195,7 +195,7 @@ def go_on(folder: Path) -> None:
         run.truncate("grpo", 1)
 
 
-@fuzzed
+@functools.partial(fuzzed, how=settings(CASES, max_examples=30))  # each draws a report's figures
 @given(data=st.data())
 def test_run_folders(run_folder, tmp_path_factory, data):
     """A damaged or hostile run folder is refused, or read; nothing outside it is touched."""

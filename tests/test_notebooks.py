@@ -244,13 +244,13 @@ CASES += [
 ]
 
 
-SHORTER = {  # of a look that is short already, and 05's SFT; kernels run them as they stand
+SHORTER = {  # of a look that is short already, and what ONE trains; kernels run them as they stand
     "sft.steps=20": "sft.steps=4", "grpo.steps=6": "grpo.steps=2", "PROMPTS = 32": "PROMPTS = 8",
     "retention.replies=64": "retention.replies=8", "questions=60": "questions=8",
     "instructions=60": "instructions=8", "elsewhere=20": "elsewhere=4",
-    "32 * i : 32 * (i + 1)": "16 * i : 16 * (i + 1)",
+    "32 * i : 32 * (i + 1)": "16 * i : 16 * (i + 1)", "sft.steps=15": "sft.steps=2",
 }  # fmt: skip
-OF_05 = {"PROMPTS = 32", "32 * i : 32 * (i + 1)"}
+ONE = {"PROMPTS = 32": ("05",), "32 * i : 32 * (i + 1)": ("05",), "sft.steps=15": ("07",)}
 
 
 @pytest.mark.parametrize(("path", "run"), CASES)
@@ -258,8 +258,7 @@ def test_runs_from_top_to_bottom(path, run, tmp_path):
     copy, text = tmp_path / path.name, path.read_text(encoding="utf-8")
     if run is run_in_a_shell:
         for old, new in SHORTER.items():
-            where = ("05",) if old in OF_05 else ON_A_GPU
-            assert old in text or path.name[:2] not in where, old
+            assert old in text or path.name[:2] not in ONE.get(old, ON_A_GPU), old
             text = text.replace(old, new)
     copy.write_text(text, encoding="utf-8")
     out = run(copy)

@@ -224,23 +224,50 @@ def wait_for(folder: Path, stage: str, step: int, process: subprocess.Popen) -> 
         time.sleep(0.02)
 
 
+SLOW = """
+import time
+from bbkit import grpo
+made, steps = grpo.reward_functions, []
+def slow(*how):
+    first, *rest = made(*how)
+    def domain(**given):
+        steps.append(1)
+        time.sleep(60 * (len(steps) > 1))
+        return first(**given)
+    return [domain, *rest]
+grpo.reward_functions = slow
+"""
+
+
+# a job in the background, as pytest may be, begins with Ctrl-C ignored
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.mark.parametrize(
-    ("moments", "how"),
+    "moments",
     [
-        ([("sft", 3), ("grpo", 2)], signal.SIGKILL),
-        pytest.param([("sft", 1), ("grpo", 1)], signal.SIGTERM, marks=pytest.mark.slow),
-    ],  # SIGTERM in both stages: test_a_step_that_takes_a_minute_is_given_up, too
+        [("sft", 3, signal.SIGKILL), ("grpo", 1, signal.SIGTERM)],
+        *(
+            pytest.param([("sft", 1, how), ("grpo", 1, how)], marks=pytest.mark.slow)
+            for how in (signal.SIGTERM, signal.SIGINT)
+        ),
+    ],
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments, how):
+def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, moments):
+    """Where it may, it saves first, and gives up a step that takes a minute and nothing else."""
     out = tmp_path / "run"
-    for stage, step in moments:
-        process = start(*SMALL, "--out", str(out))
+    words = [*SMALL, "--set", "grpo.save_steps=50", "--out", str(out)]
+    for stage, step, how in moments:
+        process = start(*words, code=CTRL_C + SLOW)
         wait_for(out, stage, step, process)
+        time.sleep(2 * (stage == "grpo"))  # into the slow part of its second step
+        began = time.monotonic()
         process.send_signal(how)
         code, text, err = finish(process)
-        assert code == (-signal.SIGKILL if how == signal.SIGKILL else 130), text + err
-    code, text, err = finish(start(*SMALL, "--out", str(out)))
-    assert code == 0, text + err
+        assert code == (-how if how == signal.SIGKILL else 130), text + err
+        assert time.monotonic() - began < 30
+    code, text, err = finish(start(*words))
+    assert code == 0 and "grpo: going on from step 1" in text, text + err
     assert comparable(out) == comparable(whole)
 
 
@@ -260,44 +287,6 @@ def test_killed_after_the_last_step_and_before_the_next_stage(whole, tmp_path, c
     last = {"sft": 4, "grpo": 3}[stage]
     assert f"{stage}: going on from step {last}" in capsys.readouterr().out
     assert comparable(out) == comparable(whole)
-
-
-SLOW = """
-import time
-from bbkit import grpo
-made, steps = grpo.reward_functions, []
-def slow(*how):
-    first, *rest = made(*how)
-    def domain(**given):
-        steps.append(1)
-        time.sleep(60 * (len(steps) > 1))
-        return first(**given)
-    return [domain, *rest]
-grpo.reward_functions = slow
-"""
-
-
-@pytest.mark.parametrize(
-    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_step_that_takes_a_minute_is_given_up_and_nothing_else(whole, tmp_path, how):
-    out = tmp_path / "run"
-    words = [*SMALL, "--set", "sft.save_steps=50", "--set", "grpo.save_steps=50", "--out", str(out)]
-    for stage, step in (("sft", 2), ("grpo", 1)):
-        process = start(*words, code=CTRL_C + SLOW)
-        wait_for(out, stage, step, process)
-        time.sleep(2 * (stage == "grpo"))  # into the slow part of its second step
-        began = time.monotonic()
-        process.send_signal(how)
-        code, text, err = finish(process)
-        assert code == 130 and time.monotonic() - began < 30, text + err
-    code, text, err = finish(start(*words))
-    assert code == 0 and "grpo: going on from step 1" in text, text + err
-    assert comparable(out) == comparable(whole)
-
-
-# a job in the background, as pytest may be, begins with Ctrl-C ignored
-CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 @pytest.fixture
@@ -487,13 +476,12 @@ def test_a_hostile_run_folder_runs_no_code(whole, tmp_path, capsys, name):
     assert not owned.exists()
 
 
-def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk):
+def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk, capsys):
     subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
-    code, _, err = finish(start(*SMALL, "--out", str(disk / "run")))
-    assert code == 3 and re.search("disk (is )?full", err.splitlines()[-1]), err
+    assert train.main([*SMALL, "--out", str(disk / "run")]) == 3
+    assert re.search("disk (is )?full", capsys.readouterr().err.splitlines()[-1])
     subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-    code, text, err = finish(start(*SMALL, "--out", str(disk / "run")))
-    assert code == 0, text + err
+    assert train.main([*SMALL, "--out", str(disk / "run")]) == 0
     assert comparable(disk / "run")["adapter"] == comparable(whole)["adapter"]
 
 

@@ -85,7 +85,8 @@ def sample(
     `input_ids` (B, L) are left-padded prompts, `state` their mask, positions and empty cache.
     Raises CannotShare before anything is drawn.
     """
-    cache, asked = state.get("past_key_values"), generation_config
+    cache: Any = state.get("past_key_values")
+    asked = generation_config
     parts = {type(p).__name__ for p in (*logits_processor, *stopping_criteria)}
     if (
         asked.get_generation_mode() != "sample" or asked.return_dict_in_generate

@@ -38,11 +38,12 @@ def arms(kept: Mapping[str, Any], some: Collection[str] = ()) -> dict[str, dict[
     Or of `some` arms and `sft`: all of a long record take seconds.
     """
     found: dict[str, dict[int, Rows]] = {}
+    known: dict[str, Rows] = {}
     for name in kept["runs"]:
         arm, _, seed = name.rpartition("-")
         if some and arm not in some and arm != "sft":
             continue
-        found.setdefault(arm, {})[int(seed)] = recorded.unpack(kept, name)
+        found.setdefault(arm, {})[int(seed)] = recorded.unpack(kept, name, known)
     return found
 
 
@@ -79,11 +80,10 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     sources = sorted({row["source"] for row in runs[0] if row["task"] not in others})
     by_source = [f"{m} on {s}" for s in sources for m in ("domain", "domain_lenient")]
     asked = by_source if len(sources) > 1 else []
-    found = {}
+    found, cells = {}, [by_cluster(rows, apart=bool(asked)) for rows in runs]
     for name in (*measures.names(runs[0]), *KL, *asked, *elsewhere.names(runs[0])):
-        cells = [by_cluster(rows, name) for rows in runs]
-        if all(cells):
-            table = np.array([[cell[c] for c in cells[0]] for cell in cells])
+        if all(name in run for run in cells):
+            table = np.array([[run[name][c] for c in cells[0][name]] for run in cells])
             found[name] = statistics.crossed(table, count)
     for measure, kinds in elsewhere.by_kind(found).items():
         if kinds:  # the worst kind, whichever it is in each draw
@@ -97,19 +97,26 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     return found
 
 
-def by_cluster(rows: Sequence[Mapping], name: str) -> dict[str, list[float]]:
-    """Sum and count of a measure by cluster."""
-    measure, _, source = name.partition(" on ")
-    cells: dict[str, list[float]] = {}
+def by_cluster(rows: Sequence[Mapping], apart: bool = False) -> dict[str, dict[str, list[float]]]:
+    """Sum and count by cluster of each measure; `apart`: of domain accuracy by data set too.
+
+    >>> row = {"id": "1", "task": "short", "entity": "e", "source": "s", "scores": {"domain": 0.5}}
+    >>> by_cluster([row, row])
+    {'domain': {'e': [1.0, 2]}}
+    """
+    found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        value = row["scores"].get(measure)
-        if name in KL and (row["task"] == "instruction") == (name != "kl"):
-            value = row.get("kl")
-        if value is not None and source in ("", row["source"]):
-            cell = cells.setdefault(measures.cluster(row), [0.0, 0.0])
-            cell[0] += value
-            cell[1] += 1
-    return cells
+        drawn, known = measures.cluster(row), dict(row["scores"])
+        known["kl_instruction" if row["task"] == "instruction" else "kl"] = row.get("kl")
+        if apart:
+            domain = ("domain", "domain_lenient")
+            known |= {f"{m} on {row['source']}": known[m] for m in domain if m in known}
+        for name, value in known.items():
+            if value is not None:
+                cell = found.setdefault(name, {}).setdefault(drawn, [0.0, 0])
+                cell[0] += value
+                cell[1] += 1
+    return found
 
 
 def told(values: np.ndarray) -> dict[str, Any]:

@@ -205,30 +205,42 @@ def _short(value: float | None, digits: int = 4) -> float | int | None:
     return int(value) if value == int(value) else float(f"{value:.{digits}g}")
 
 
-def unpack(found: Mapping[str, Any], name: str) -> Rows:
+def unpack(found: Mapping[str, Any], name: str, known: dict[str, Rows] | None = None) -> Rows:
     """Item rows of one run by stage, those of the run that it was forked from among them.
+
+    `known` keeps what has been unpacked for the runs that share it.
 
     >>> run = {"from": None, "scores": {"sft": {"domain": "1", "kl": [None, 0.5]}}}
     >>> kept = {"items": [["a", "choice", "e", "s"]] * 2, "runs": {"sft-0": run}}
     >>> [row["scores"] for row in unpack(kept, "sft-0")["sft"]]
     [{'domain': 1}, {}]
     """
-    run = found["runs"][name]
-    rows = unpack(found, run["from"]) if run["from"] else {}
+    known = {} if known is None else known
+    if name in known:
+        return known[name]
+    run, items = found["runs"][name], found["items"]
+    rows = dict(unpack(found, run["from"], known)) if run["from"] else {}
     first = f"sft-{name.rpartition('-')[2]}"
     if not rows and "base" not in run["scores"] and name != first in found["runs"]:  # `brief`
-        rows = {"base": unpack(found, first)["base"]}
-    for stage, columns in run["scores"].items():
-        rows[stage], columns = [], {k: _whole(v) for k, v in columns.items()}
-        texts, means = iter(columns.pop("elsewhere", ())), {}
-        if isinstance(columns.get("kl"), dict):  # `brief`
-            means = columns.pop("kl")
-        for i, item in enumerate(found["items"]):
-            seen = {k: v[i] for k, v in columns.items() if i < len(v) and v[i] not in (None, "-")}
-            seen = {k: int(v) if isinstance(v, str) else v for k, v in seen.items()}
+        rows = {"base": unpack(found, first, known)["base"]}
+    for stage, kept in run["scores"].items():
+        texts, kl = iter(kept.get("elsewhere", ())), kept.get("kl", ())
+        columns = {n: _values(kept[n], len(items)) for n in kept if n not in ("elsewhere", "kl")}
+        if isinstance(kl, dict):  # `brief`
+            kl = [kl.get(str(i)) for i in range(len(items))]
+        rows[stage] = []
+        for i, (item, value) in enumerate(zip(items, _values(kl, len(items)), strict=True)):
+            seen = {k: v[i] for k, v in columns.items() if v[i] is not None}
             if item[1] == "elsewhere":
-                seen = elsewhere.scores(item[2], *next(texts))
-            kl = {"kl": means[str(i)]} if str(i) in means else {}
-            kl = {"kl": seen.pop("kl")} if "kl" in seen else kl
-            rows[stage].append(dict(zip(ITEM, item, strict=True)) | {"scores": seen} | kl)
+                seen, value = {**elsewhere.scores(item[2], *next(texts))}, None
+            row = {**dict(zip(ITEM, item, strict=True)), "scores": seen}
+            rows[stage].append(row if value is None else row | {"kl": value})
+    known[name] = rows
     return rows
+
+
+def _values(marks: str | list, count: int) -> list[float | int | None]:
+    """A value for each of `count` items; None where there is none."""
+    if isinstance(marks, str):
+        marks = [None if mark == "-" else int(mark) for mark in _whole(marks)]
+    return [*marks, *[None] * (count - len(marks))]

@@ -24,7 +24,7 @@ def spreads(found: Mapping, before: str, after: str, name: str) -> tuple[int, li
     """Clusters, and the variances of seeds, clusters and the rest in a contrast of two arms."""
     rows = [found[arm] for arm in (before, after)]
     seeds = sorted(rows[0].keys() & rows[1].keys())
-    cells = [[effects.by_cluster(effects.last(r[s]), name) for s in seeds] for r in rows]
+    cells = [[effects.by_cluster(effects.last(r[s]))[name] for s in seeds] for r in rows]
     one, other = (np.array([[c[k] for k in some[0]] for c in some]) for some in cells)
     table = other[..., 0] / other[..., 1] - one[..., 0] / one[..., 1]
     runs, clusters = table.shape

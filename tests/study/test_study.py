@@ -13,17 +13,29 @@ import pytest
 from conftest import TINY
 from safetensors.torch import load_file
 
-from bbkit import InputError, Unhealthy, config
+from bbkit import InputError, Unhealthy, config, train
 from bbkit.machine.files import read_json, read_rows
 from bbkit.study import arms, comparison, recorded, runner
 
 TWO = ["--arms", "grpo,conflict_orthogonal", "--seeds", "0"]  # the second has a reward of its own
 
 
+class Here:
+    """A run in this process, where a study would start one: that takes ten seconds."""
+
+    def __init__(self, words, *_):
+        self.returncode = train.main(words[3:])
+
+    def poll(self):
+        return self.returncode
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    assert runner.main([*TWO, "--out", str(out), *TINY]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_start", Here)
+        assert runner.main([*TWO, "--out", str(out), *TINY]) == 0
     return out
 
 
@@ -44,8 +56,6 @@ def test_arms_share_the_sft_and_differ_in_grpo(made):
 
 def test_an_arm_alone_is_the_same_run(made, tmp_path):
     """The shared SFT is what the arm's own command would have trained."""
-    from bbkit import train
-
     words = shlex.split(read_json(made / "conflict_orthogonal-0" / "run.json")["command"])[3:]
     words[words.index("--out") + 1] = str(tmp_path / "alone")
     assert train.main(words) == 0
