@@ -35,7 +35,7 @@ METRICS = get_args(Metric)
 TRL = "1.14.2"  # pinned, and known to work; tests/test_newest_trl.py tries the newest
 # Losses that multiply a sequence's term by its advantage, and clip it by the sign of that.
 GATED = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")
-LEAST = 1e-3  # a weighted advantage nearer to 0 counts as this: it is divided by
+LEAST = 1e-3  # a weighted advantage nearer to 0 counts as this: its parts, unless 0, get divided
 # What the class below takes over from the trainer's, and what it reads there.
 JOINTS = (
     "_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions",
@@ -56,12 +56,12 @@ def capability_aware(
 ) -> type:
     """A subclass of `base`, a GRPOTrainer, that is built and used as `base` is.
 
-    Each reward function is a capability; `args.reward_weights` is the preference. Each step goes
-    from rewards to weights (`weighting.CONTROLLERS`, its options in `control`), to advantages
-    (`weighting.advantages`), to one gradient per capability (`gradients`), to their combination
-    (`combination.combine`, inner products `euclidean` or as `adam` steps). With metric `step` the
-    weighted sum goes to the optimiser, and the step that it makes of it is moved to the nearest
-    that lowers no capability to first order (`bbkit.combination`): the dual cone, of the step.
+    Each reward function is a capability; `args.reward_weights` is the preference, and
+    `args.scale_rewards` is not used. Each step goes from rewards to weights
+    (`weighting.CONTROLLERS`, its options in `control`), to advantages (`weighting.advantages`), to
+    one gradient per capability (`gradients`), to their combination (`combination.combine`, inner
+    products `euclidean` or as `adam` steps). With metric `step` the optimiser gets the weighted
+    sum, and its step is moved to the nearest that lowers no capability to first order: that cone.
     Raises InputError for an unknown name, and when built for a loss that cannot be told apart.
     """
     for what, name, known in (
@@ -174,7 +174,7 @@ class CapabilityAware(Trainer):
         # it the terms are TRL's own, each of which a capability's share of it then multiplies.
         weights, one_pass = self.controller.weights, self.gradient_engine == "one_pass"
         whole = columns @ torch.tensor(weights).to(columns)
-        whole = torch.where(whole.abs() < LEAST, LEAST, whole)
+        whole = torch.where(whole.abs() < LEAST, (LEAST * columns.any(1)).copysign(whole), whole)
         passes = [Pass(whole, 0, 1.0, 1.0)]
         if not one_pass:
             passes = replays(columns, whole, weights, "old_per_token_logps" in inputs)
@@ -187,7 +187,7 @@ class CapabilityAware(Trainer):
             logged = seen | logged if rest else logged | seen  # of the rest its KL alone
             value = value + loss.detach() * counts
             if one_pass:
-                shares = columns / whole[:, None] * (not rest)
+                shares = columns / whole.where(whole != 0, 1)[:, None] * (not rest)
                 self.capture.next(pad(shares, (0, int(self.rest)), value=float(rest)))
             if not last:
                 self.accelerator.backward(loss)

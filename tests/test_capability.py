@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bbkit import CannotRun, InputError, capability, combination, config, models, weighting
 from bbkit.capability import capability_aware
+from bbkit.machine import balance
 from bbkit.runs import callback
 
 PROMPTS = ["Name a virus.", "What causes measles?", "Repeat: fever", "Say yes or no."]
@@ -286,12 +287,15 @@ def test_several_updates_of_one_generation_are_clipped_as_trls(build, arguments)
 
 def test_the_loss_that_is_logged_is_trls(build):
     plain = {"reward_weights": [0.5, 0.25, 0.25], "mask_truncated_completions": True}
+    plain |= {"num_iterations": 2, "steps_per_generation": 2}
     found = []
     for trainer in (GRPOTrainer, None):
         done = build(trainer=trainer, steps=2, arguments=plain, advantages="grpo", **PLAIN)
         done.train()
-        found.append([row["loss"] for row in done.state.log_history if "loss" in row])
-    assert found[0] == pytest.approx(found[1], abs=2e-3)  # also where all of a part are masked
+        found.append([row for row in done.state.log_history if "loss" in row])
+    for theirs, ours in zip(*found, strict=True):  # also where all of a part are masked
+        names = [name for name in theirs if name == "loss" or name.startswith("clip_ratio")]
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-6)
 
 
 def test_a_trainer_whose_loss_has_a_term_of_its_own_is_refused(build):
@@ -532,16 +536,24 @@ def test_the_log_holds_every_key_of_the_contract(build):
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(build, controller, tmp_path):
     options = {"controller": controller, "combination": "pcgrad", "rate": 0.5}
     saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    saving["restore_callback_states_from_checkpoint"] = controller == "deficit"
     whole = build(steps=4, arguments=saving, **options)
     whole.train()
     wanted = [p.clone() for p in whole.capture.parameters.values()]
     kept = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert "controller" in kept["stateful_callbacks"]["Balance"]["attributes"]
+    assert "controller" in kept["stateful_callbacks"][balance.NAME]
     again = build(steps=4, arguments=saving, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     found = again.capture.parameters.values()
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert again.controller.state() == whole.controller.state()
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_trls(build, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    build(trainer=GRPOTrainer, steps=1, arguments=saving).train()
+    build(steps=2, arguments=saving).train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 def test_the_lines_of_the_readme_run(tmp_path):

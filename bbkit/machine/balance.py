@@ -4,18 +4,19 @@ Serves the claim of a dynamic reward: its weights are moved from where they were
 """
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+
+# The name of no callback: one that transformers knows by name it builds anew, without the trainer.
+NAME = "capability weights"
 
 
-class Balance(TrainerCallback, ExportableState):
+class Balance(TrainerCallback):
     """Keeps the weights of the rewards in each checkpoint's trainer_state.json, to go on from."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def state(self) -> dict:
-        seen = {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
-        return {"args": {}, "attributes": seen}
+        return {"controller": self.trainer.controller.state(), "gramian": self.trainer.gramian}
 
     def restore(self, state: dict) -> None:
         """Go on from a `state`; so too where a step was broken off after its weights had moved."""
@@ -24,8 +25,11 @@ class Balance(TrainerCallback, ExportableState):
         trainer.capture.clear()
         if trainer.limits is not None:
             trainer.limits.rows.clear()
-        trainer.controller.restore(state["attributes"]["controller"])
-        trainer.gramian = state["attributes"]["gramian"]
+        trainer.controller.restore(state["controller"])
+        trainer.gramian = state["gramian"]
 
     def on_train_begin(self, args, state, control, **_):
-        self.restore(state.stateful_callbacks.get("Balance", self.state()))
+        self.restore(state.stateful_callbacks.get(NAME, self.state()))
+
+    def on_step_end(self, args, state, control, **_):
+        state.stateful_callbacks[NAME] = self.state()

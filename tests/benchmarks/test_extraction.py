@@ -55,6 +55,21 @@ SAID = [
     "C is the answer.", "Option C (Warfarin) is correct.", "```\nC\n```", "---\n**C) virus**\n---",
     "The answer is C\\. virus", "Option C is the most likely diagnosis.",
     "The options are:\nA) flu\nB) gout\n\nThe answer is:\nC) virus\n\nA) is incorrect.",
+    # what the last line finds, and an option beside which others are refused
+    "Let's evaluate each option:\n\nA. Aspirin: no.\n\nThe most likely diagnosis is C. Warfarin.",
+    "The most likely diagnosis is **C. Sarcoidosis**.", "Thus, the best next step is option C.",
+    "C) Heparin. A is incorrect.", "C. Heparin. The other options are incorrect.",
+    "C\n\nExplanation:\nA. Aspirin: antiplatelet.\nB. Warfarin: teratogenic.",
+    "Option C, movement of the lid, is the correct answer as it keeps food out.", "Option c",
+    "option c is correct", "(c) heparin", "I'm going with C.", "So the answer is definitely C.",
+    "The answer is C rather than D.", "In conclusion, C is correct.", "answer_choice: C",
+    "<answer>The correct answer is C.</answer>", '{"answer": ["C"]}', r"\boxed{\mathsf{C}}",
+    "The answer is C!", '"C"', "The answer is \u200bC.", "\ufeffC", "正确答案是：C",
+    "La respuesta correcta es C.", "Die Antwort lautet C.", "La réponse est C.",
+    "The wrong answer is B. The correct answer is C.", "Your answer: A\nCorrect answer: C",
+    "The previous answer was A. The answer is C.", "<reasoning>The answer is A?</reasoning>\n\nC",
+    "<thinking>The answer is A.</thinking>\nThe answer is C.",
+    "People with gout should avoid it so the answer is C.",
 ]  # fmt: skip
 THINGS = [
     "vitamin {}", "hepatitis {}", "group {} streptococcus", "{} cells", "influenza {} virus",
@@ -122,12 +137,35 @@ TRAPS = [
     '{"answer_choice": "D. latum"}',
     # a list begins, or a thing
     "Let's analyze each option:\n\nA) Aspirin: it is\nB) Heparin: but\nC) Warf",
-    "Let's evaluate each option:\n\nA. Aspirin: no.\n\nThe most likely diagnosis is C. Warfarin.",
     "Choose the correct option:\nA) Aspirin\nB) Heparin\nC) Warfarin",
     "The drug of choice is: A) vancomycin", "The immune response is: A) humoral",
     "Option A is the most likely cause of pneumonia in hospitals, but this one has (B).",
     "Option A is the most appropriate for stable patients. This one is not, so (B).",
     "The answer is C;D", "The answer is C, but D is also correct.",
+    "Let's go through the options one by one.\n\nA. Aspirin is an agent that", "Options:\nA) flu",
+    "A. Aspirin B. Heparin C. Warfarin D. tPA", "Is it A. Aspirin, B. Heparin, or C. Warfarin?",
+    "Option A: Aspirin - an antiplatelet.\nOption B: Heparin - an anticoagulant.",
+    # refused, taken back, more than one
+    "A) Aspirin - Incorrect.", "A) No.", "A. Wrong", "A) Aspirin isn't correct.", "A) Aspirin ❌",
+    "A) Warfarin is contraindicated here.\n\nThe drug that should be used is heparin.",
+    "Option A is correct but not the best next step. The best next step is surgery.",
+    "Option A is the most appropriate, but she is allergic, so she needs azithromycin.",
+    "Option A is correct if the patient is pregnant. She is not.", "Option A is best avoided here.",
+    "Option A is right ventricular infarction, with ST elevation.", "The wrong answer is B.",
+    "Option B is the right atrium.", "Option A is correct and option B is correct.",
+    "The incorrect answer is: B", "The second best answer is B.", "Eliminated option: A",
+    "The answer is C. Wait, actually D.", "The answer is C. Correction: D.",
+    "The answer is B, I mean C.", "The answer is C. D is also correct.",
+    "The answer is C, maybe D.", "The answer is probably C, but could be D.", "Answer: (A)(B)",
+    "Answer: A) Heparin, C) Warfarin", "The answer is B... or C", "<answer>A) x, B) y</answer>",
+    '{"answer": ["A", "B"]}',
+    "The most tempting wrong choice is D.", "It is most likely not C. Heparin",
+    "Student answer: B.", "The best drug may also be C. Heparin",
+    "Her blood group is most likely B. Rest is best.",
+    # a line or a reply that was broken off
+    "This is due to deficiency of vitamin\nD.", "Vaccinate against hepatitis\nB.",
+    "Blood type:\nA", "His temperature is 38.5 degrees\nC.", "<think>\nThe answer is B. But wait",
+    "A. calcoaceticus is the most likely cause.", "Answer: C. canimorsus",
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
 TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
@@ -158,6 +196,8 @@ def test_other_letters_can_be_asked_for():
     assert extract_choice("The answer is (E).", "ABCDE") == "E"
     assert extract_choice("The answer is E. coli.", "ABCDE") is None
     assert extract_choice("Answer: J", "ABCDEFGHIJ") == "J"
+    assert extract_choice("The answer is H. pylori.", "ABCDEFGHIJ") is None
+    assert extract_choice("The answer is A.\nB", "A") == "A"
 
 
 @given(st.text(alphabet="ABCD abcd()[]{}.,:;*\"'\\n\n<>/answerboxisxtheoption", max_size=200))
