@@ -77,9 +77,8 @@ def _label(text: str, at: int, letters: str) -> str | None:
     )
     apart = r"\b(?!['’]|\s(?:is|was|are|would|can|does|fails)\b)"
     other = rf"[(\[]?(?:[{letters}]{apart}|{small}(?:[)\].,;]|\s{{0,3}}(?:$|\n|and\b|or\b)))"
-    further = (
-        rf"[(\[][{letters}][)\]]|[{letters}]\)|[{letters}]\.(?=\s[A-Z][a-z])"  # a second label
-    )
+    # a second label: "A) Heparin, C) Warfarin"
+    further = rf"[(\[][{letters}][)\]]|[{letters}]\)|[{letters}]\.(?=\s[A-Z][a-z])"
     listed = rf"\s?[(\[][{letters}][)\]]|\.?[^.\n]{{1,60}}(?:,|\band|\bor)\s(?:{further})"
     if re.match(rf"{link}(?i:{patterns.KIND}\s)?{other}|{listed}", rest):
         return None
@@ -118,10 +117,9 @@ def _sentences(text: str, letters: str) -> Iterator[str | None]:
             yield match[2]
     for shape in (patterns.RIGHT, patterns.BARE, patterns.IT):
         for match in re.finditer(shape.format(letters), text):
-            before = (
-                text[max(0, match.start() - 200) : match.start()] if shape is patterns.IT else ""
-            )
-            if not _denied(text, match) and not re.search(patterns.LETTERED, before):
+            before = text[max(0, match.start() - 200) : match.start()]
+            group = shape is patterns.IT and re.search(patterns.LETTERED, before)
+            if not group and not _denied(text, match):
                 yield match[1].upper()
 
 
@@ -156,9 +154,8 @@ def _lines(text: str, letters: str) -> Iterator[str | None]:
     lines = _bare(text)
     if not lines:
         return
-    heads = {
-        m[1] for x in lines if (m := re.match(rf"(?i:option|choice)\W{{1,3}}([{letters}])\b", x))
-    }
+    head = rf"(?i:option|choice)\W{{1,3}}([{letters}])\b"
+    heads = {m[1] for line in lines if (m := re.match(head, line))}
     labelled = [_line(line, letters) for line in lines]
     alone = lines[0].strip(patterns.PUNCTUATION)
     if len(alone) == 1 and alone in letters:  # and then an explanation, with labels
