@@ -123,11 +123,12 @@ def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
 
 def test_the_front_page_has_a_line_of_each_contrast_that_the_title_asks():
     kept = study()
+    page = verdicts.told(kept)
     lines = [line.split(" | ") for line in verdicts.title(kept).splitlines()[2:]]
     assert len(lines) == len(verdicts.TITLE) == 8
     assert {line[0].strip("| ") for line in lines} < {*FAMILIES}  # one had no room to differ
     for family, *rest in lines:  # as the page of all has it
-        assert " | ".join(rest) in verdicts.told(kept), family
+        assert " | ".join(rest) in page, family
 
 
 def test_a_brief_record_says_the_same_of_each_seed():
@@ -168,7 +169,7 @@ def test_intervals_that_are_too_short_are_seen(monkeypatch):
 
 def test_the_command_says_both_tables(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(simulation, "SEEDS", (3, 6))
-    for name, count in (("coverage", 3), ("wrong", 20), ("wrongly_untaxed", 20)):
+    for name, count in {"coverage": 3, "wrong": 20, "wrongly_untaxed": 20, "decided": 20}.items():
         real = getattr(simulation, name)
         monkeypatch.setattr(simulation, name, lambda *a, r=real, n=count: r(*a, count=n))
     file = tmp_path / "record.json"
