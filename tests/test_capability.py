@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -635,20 +636,21 @@ Kept(
 """
 
 
-def test_two_processes_give_the_update_of_one_with_the_joined_batch(tmp_path):
+def test_two_processes_give_the_update_of_one_with_the_joined_batch(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words = [str(script), str(tmp_path / "2.pt"), "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, *words], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "1.pt"), "1"])
+    runpy.run_path(str(script))
     found = {}
     for ranks in (1, 2):
-        out = tmp_path / f"{ranks}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launch = launch if ranks > 1 else []
-        done = subprocess.run(
-            [sys.executable, *launch, str(script), str(out), str(ranks)],
-            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks], count = torch.load(out)
+        found[ranks], count = torch.load(tmp_path / f"{ranks}.pt")
         assert count == ranks
     assert found[1].norm() > 0
     assert ((found[2] - found[1]).norm() / found[1].norm()).item() <= 1e-5
