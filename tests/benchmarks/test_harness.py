@@ -289,7 +289,7 @@ def test_smollm2_scores_as_under_lm_eval_item_by_item(data_dir, tmp_path):
     """Six MMLU subjects and 100 rows of MedQA, which lm-eval reads from the upstream files."""
     gguf = os.environ.get("BBKIT_GGUF")
     if not gguf:
-        pytest.skip("set BBKIT_GGUF to SmolLM2-135M-Instruct's .gguf")
+        pytest.skip("set BBKIT_GGUF to the file of data_cards/README.md#smollm2-without-the-hub")
     model = ["--preset", "smollm2-cpu", "--model", gguf, "--set", "model.quantization=none"]
     words = [*model, "--protocols", "loglikelihood", "--data-dir", str(data_dir)]
     for task in ("medqa", "biomed_mmlu"):

@@ -629,7 +629,7 @@ def test_hub_out_of_reach_is_one_line(monkeypatch):
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in catalogue.GENERATED])
 def test_real_files_are_as_their_card_says(data_dir, name):
     if not any(data.there(name, split, data_dir) for split in data.card(name)["splits"]):
-        pytest.skip(f"{name}: no file of its card in the folder of upstream data")
+        pytest.skip(f"{name}: none of its files in {data_dir}; see data_cards/{name}.md")
     for split, count in data.verify(name, data_dir).items():
         rows = data.load(name, split, data_dir)
         assert len(rows) == count and len({e.id for e in rows}) == count
@@ -649,7 +649,7 @@ def test_real_files_are_as_their_card_says(data_dir, name):
 
 def real(data_dir: Path, name: str, split: str) -> list:
     if not data.there(name, split, data_dir):  # a file that is there and broken is no reason
-        pytest.skip(f"{name}, {split}: no file of its card in the folder of upstream data")
+        pytest.skip(f"{name}, {split}: no file in {data_dir}; see data_cards/{name}.md")
     return data.load(name, split, data_dir)
 
 
