@@ -636,6 +636,7 @@ Kept(
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_update_of_one_with_the_joined_batch(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -476,6 +476,7 @@ def test_a_hostile_run_folder_runs_no_code(whole, tmp_path, capsys, name):
     assert not owned.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk, capsys):
     subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
     assert train.main([*SMALL, "--out", str(disk / "run")]) == 3
