@@ -162,7 +162,10 @@ def _main(args: argparse.Namespace) -> int:
         kept = recorded.read(path)
         text = filled(text, kept, path.stem)
         if args.figures:
-            plots.save(args.figures, {f"{path.stem}_front": studyplots.front(kept)})
+            made = {
+                f"{path.stem}_{name}": figure for name, figure in studyplots.drawn(kept).items()
+            }
+            plots.save(args.figures, made)
         elif not args.write:
             print(told(kept))
     if args.write:

@@ -1,11 +1,13 @@
 """Arms against each other: intervals over seeds and prompts, tables and figures of a record."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from bbkit.machine.files import read_json
 from bbkit.runs import statistics
@@ -204,3 +206,19 @@ def test_tables_and_figure_have_every_arm_of_their_regime(monkeypatch):
     assert marks == whole | {"base", "arms of few seeds"}
     shown = {line.get_label(): line.get_markerfacecolor() for line in left.get_lines()}
     assert shown["sft"] == "white" != shown["penalty_weight_1"]  # what is lost elsewhere
+
+
+def test_the_picture_of_the_tax_names_each_arm_once_and_apart():
+    kept = recorded.read(RECORDED.parent / "retention.json")
+    figure = studyplots.drawn(kept)["tax"]
+    axis, names = figure.axes[0], {}
+    for text in axis.texts:
+        if text.get_text():
+            names[text.get_text().partition(" (")[0]] = text
+    assert set(names) == {arm for arm, seeds in effects.arms(kept).items() if len(seeds) == 3}
+    figure.draw_without_rendering()
+    boxes = (Text.get_window_extent(text) for text in names.values())  # without their lines
+    assert all(a.y1 <= b.y0 for a, b in itertools.pairwise(sorted(boxes, key=lambda box: box.y0)))
+    (green,) = axis.patches
+    inside = {arm for arm, text in names.items() if green.get_bbox().contains(*text.xy)}
+    assert "penalty_weight_1" in inside and not inside & {"sft", "step_instructions", "alone"}
