@@ -41,8 +41,8 @@ def _regimes(kept: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, dict[
 
 def drawn(kept: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure that a record has what it takes for, by its name."""
-    arms = (seen for some in _regimes(kept)[1].values() for seen in some.values())
-    known = all("elsewhere" in one for seen in arms for one in seen)
+    stages = (stage for run in kept["runs"].values() for stage in run["scores"].values())
+    known = all("elsewhere" in stage for stage in stages)
     return {"front": front(kept)} | ({"tax": tax(kept)} if known else {})
 
 

@@ -189,8 +189,15 @@ def test_figures_of_a_record(tmp_path):
     assert math.lcm(*count) == math.prod(count)  # no two ways look alike
 
 
-def test_tables_and_figure_have_every_arm_of_their_regime(monkeypatch):
+@pytest.fixture(scope="module")
+def retention():
+    """The record, and its figures."""
     kept = recorded.read(RECORDED.parent / "retention.json")
+    return kept, studyplots.drawn(kept)
+
+
+def test_tables_and_figure_have_every_arm_of_their_regime(retention, monkeypatch):
+    kept, figures = retention
     drawn = effects.draws  # what follows looks at no interval
     monkeypatch.setattr(effects, "draws", lambda runs, count=9: drawn(runs, min(count, 9)))
     arms = effects.arms(kept)
@@ -200,7 +207,7 @@ def test_tables_and_figure_have_every_arm_of_their_regime(monkeypatch):
         shown = {line.split("|")[1].strip() for line in lines[2:]}
         wanted = {a for a in arms if a.startswith("alone") == (regime == "grpo")} | {"base"}
         assert shown == wanted
-    left = studyplots.front(kept).axes[0]
+    left = figures["front"].axes[0]
     marks = {line.get_label() for line in left.get_lines() if line.get_label()[0] != "_"}
     whole = {arm for arm, seeds in arms.items() if len(seeds) == 3 and arm[:5] != "alone"}
     assert marks == whole | {"base", "arms of few seeds"}
@@ -208,9 +215,8 @@ def test_tables_and_figure_have_every_arm_of_their_regime(monkeypatch):
     assert shown["sft"] == "white" != shown["penalty_weight_1"]  # what is lost elsewhere
 
 
-def test_the_picture_of_the_tax_names_each_arm_once_and_apart():
-    kept = recorded.read(RECORDED.parent / "retention.json")
-    figure = studyplots.drawn(kept)["tax"]
+def test_the_picture_of_the_tax_names_each_arm_once_and_apart(retention):
+    kept, figure = retention[0], retention[1]["tax"]
     axis, names = figure.axes[0], {}
     for text in axis.texts:
         if text.get_text():
