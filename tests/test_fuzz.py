@@ -195,7 +195,7 @@ def go_on(folder: Path) -> None:
         run.truncate("grpo", 1)
 
 
-@functools.partial(fuzzed, how=settings(CASES, max_examples=12))  # each draws a report's figures
+@functools.partial(fuzzed, how=settings(CASES, max_examples=30))  # each draws a report's figures
 @given(data=st.data())
 def test_run_folders(run_folder, tmp_path_factory, data):
     """A damaged or hostile run folder is refused, or read; nothing outside it is touched."""

@@ -238,7 +238,7 @@ def test_chain_of_thought_replies_are_read_as_recorded_or_not_at_all(name, data_
     """GPT-3.5's replies: the record falls back on the first letter, or A, where none is given."""
     path = data_dir / "answers" / f"{name}__cot__gpt-35-turbo-16k.jsonl"
     if not path.exists():
-        pytest.skip(f"no {path}: replies that no card has, with a public scorer's letters")
+        pytest.skip(f"no {path}: github.com/Teddy-XiongGZ/MIRAGE's predictions, scorer's letters")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     ours = [extract_choice(row["response"]) for row in rows]
     read = [(o, r) for o, r in zip(ours, rows, strict=True) if o is not None]
