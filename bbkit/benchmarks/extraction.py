@@ -43,21 +43,22 @@ def _tag(text: str, letters: str) -> Iterator[str | None]:
 
 
 def _json(text: str, letters: str) -> Iterator[str | None]:
-    for given in re.findall(patterns.FIELD, text):
-        yield _whole("".join(given), letters)
+    fields = [(m[1], "".join(m.groups("")[1:])) for m in re.finditer(patterns.FIELD, text)]
+    answers = [given for name, given in fields if "answer" in name.lower()]  # over an "option"
+    yield from (_whole(given, letters) for given in answers or [given for _, given in fields])
 
 
 def _boxed(text: str, letters: str) -> Iterator[str | None]:
     shape = r"\\boxed\s{0,4}\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}"
     for match in re.finditer(shape, text):
         if not patterns.REFUSED.match(text[match.end() : match.end() + 40].lstrip(" $")):
-            inner = re.sub(r"\\(?:text|math|bf)[a-z]*\b|[{}]", "", match[1])
-            yield _whole(inner, letters)
+            yield _whole(match[1], letters)
 
 
 def _whole(given: str, letters: str) -> str | None:
     """Of a field that is a letter or begins with a label: "C", "(c)", "C. text", "option C"."""
-    given = re.sub(patterns.LEAD, "", given.strip()).strip(" *_`'\"$")
+    given = re.sub(r"\\(?:boxed|text|math|bf)[a-z]*\b|[{}]", "", given.strip())
+    given = re.sub(patterns.LEAD, "", given).strip(" *_`'\"$")
     bare = given.strip(" ()[].:")
     if len(bare) == 1 and bare.upper() in letters:
         return bare.upper()
@@ -67,16 +68,19 @@ def _whole(given: str, letters: str) -> str | None:
 def _label(text: str, at: int, letters: str) -> str | None:
     """The letter that stands at `at` as a label of its own and not as part of a name."""
     small = f"[{letters.lower()}]"
-    shape = rf"([(\[]?)([{letters}]|(?<=[(\[]){small}|{small}(?={patterns.SMALL}))([)\]]?)"
+    enclosed = rf"(?<=[(\['\"‘“]){small}(?=[)\]'\"’”])"
+    shape = rf"([(\[]?)([{letters}]|{enclosed}|{small}(?={patterns.SMALL}))([)\]]?)"
     match = re.compile(shape).match(text, at)
     if not match or (bool(match[1]) != bool(match[3]) and match[1]):
         return None
-    rest = re.sub(r"^[*_`\"'”’$}]{1,6}", "", text[match.end() : match.end() + 80])
+    rest = re.sub(r"^[*_`\"'”’$}>]{1,6}", "", text[match.end() : match.end() + 80])
     link = (
         r"\.{0,3}\s{0,3}(?:,\s{0,3}(?:and|or|then)?|[/&+;]|\(?(?:and|or)\b|as\swell\sas\b)\s{0,3}"
     )
     apart = r"\b(?!['’]|\s(?:is|was|are|would|can|does|fails)\b)"
-    other = rf"[(\[]?(?:[{letters}]{apart}|{small}(?:[)\].,;]|\s{{0,3}}(?:$|\n|and\b|or\b)))"
+    other = (
+        rf"[(\['\"‘“]?(?:[{letters}]{apart}|{small}(?:[)\].,;'\"’”]|\s{{0,3}}(?:$|\n|and\b|or\b)))"
+    )
     # a second label: "A) Heparin, C) Warfarin"
     further = rf"[(\[][{letters}][)\]]|[{letters}]\)|[{letters}]\.(?=\s[A-Z][a-z])"
     listed = rf"\s?[(\[][{letters}][)\]]|\.?[^.\n]{{1,60}}(?:,|\band|\bor)\s(?:{further})"
@@ -87,12 +91,15 @@ def _label(text: str, at: int, letters: str) -> str | None:
     letter = match[2].upper()
     if letter == letters[0] and re.match(rf"[^\n]{{1,60}}?\s[(\[]?{letters[1:2]}[).\]]\s", rest):
         return None  # "A. Aspirin B. Heparin", on one line
-    if match[3]:
+    if match[3] or re.match(r"['\"‘“`].['\"’”`]", text[max(0, at - 1) : match.end() + 1]):
         return letter
     word = re.match(r"\.\s{0,3}([A-Za-z]+)", rest)
     if word and re.search(rf"{letter}[a-z ]* {word[1].casefold()}\b", patterns.EPITHETS):
         return None
-    ended = r"(?:[,;:)\]!]|\.(?:(?!\w)|(?=[A-Z][a-z]{2}))|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:])"
+    ended = (
+        r"(?:[,;:)(\]!…]|\.(?:(?!\w)|(?=[A-Z][a-z]{2}))|[.]?\s{0,3}(?:$|\n)|\s{1,3}[-–—(:]|"
+        r"\s?(?:です|입니다)|\s(?:and\snot|i\.?e)\b)"
+    )
     if re.match(ended, rest) or not rest.strip():
         return letter
     word = re.match(r"\s{1,3}([a-z]+)\b", rest)
@@ -138,7 +145,9 @@ def _listed(text: str, letters: str) -> bool:
     """Whether a text that begins with the first option goes on with the second: no answer."""
     lines = _bare(text)
     second = re.match(rf"[(\[]?{letters[1:2]}{patterns.MARKED}", "".join(lines[1:2]))
-    return bool(second) and not patterns.REFUSED.search(lines[1][:300])
+    if not second or patterns.DISMISSED.match(lines[1], second.end()):
+        return False
+    return not patterns.REFUSED.search(lines[1][:300])
 
 
 def _bare(text: str) -> list[str]:
@@ -174,8 +183,10 @@ def _line(line: str, letters: str) -> str | None:
     bare = given.strip(patterns.PUNCTUATION)
     if len(bare) == 1 and (bare in letters or (bare.upper() in letters and line != bare)):
         return bare.upper()
+    reason = rf"[{letters}][*_]{{0,3}},?\s(?:because|since)\b"
+    shape = rf"[(\[]?[{letters}]{patterns.MARKED}|\(?[{letters.lower()}][.)]\s"
+    labelled = re.match(rf"{shape}|{reason}(?!.*\b{reason})", given)
     # "A: text" may be an answer to "Q:".
-    labelled = re.match(rf"[(\[]?[{letters}]{patterns.MARKED}|\([{letters.lower()}]\)", given)
     if not labelled or given.startswith("A:"):
         return None
     clause = re.split(r"[.;,]", given[labelled.end() : labelled.end() + 300])[0]

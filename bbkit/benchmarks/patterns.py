@@ -29,32 +29,39 @@ EPITHETS = (
     "diminuta ducreyi haemolyticus influenzae nana parainfluenzae pylori I belli pacificus "
     "ricinus scapularis"
 )
-GAP = r"[\s*_`\"'“”‘’$]{0,12}"
+GAP = r"[\s*_`\"'“”‘’${<]{0,12}"
 # Words that may follow a bare letter: no noun of which the letter would be a part (B cells).
-AFTER = "because since as due based given which here therefore thus per according rather".split()
+AFTER = (
+    "because since as due based given which here therefore thus per according rather instead not"
+).split()
 IS = (
-    r"(?:\s{1,4}(?:(?:here|to\s(?:this|the)\squestion)\s)?"
+    r"(?:\s{1,4}(?:(?:here|(?:to|for)\s(?:this|the|your)\squestion)\s)?"
     r"(?:is|would\sbe|should\sbe|must\sbe|will\sbe|was|(?:appears|seems)\sto\sbe)\b|\s{0,4}[:=])"
 )
 KIND = r"(?:answer|option|choice|letter|response)"
 SURE = (
     r"(?:(?:(?:most\s)?likely(?:\sto\sbe)?|probably|clearly|certainly|definitely|thus|therefore|"
-    r"indeed|simply)\s{1,4})?"
+    r"indeed|simply):?\s{1,4}[*_`\"'“‘]{0,3})?"
 )
 NAMED = rf"(?:(?:the\s)?{KIND}\s{{1,4}}(?!is\b)|{KIND}:\s{{0,4}})?"
 FOREIGN = (  # the word for "answer"; no \b in what is written without spaces
-    r"(?:答案|回答|答え|正解|정답|(?i:\b(?:respuesta|réponse|antwort|risposta|resposta|antwoord|svar|"
-    r"ответ|cevap|jawaban|odpowiedź)(?:\s(?:corr\w{1,7}|final\w?))?))\s{0,4}"
-    r"(?:(?:[是为為は]|(?:es|est|ist|è|é|lautet|adalah)\b(?:\s(?:la|el|die|le)\b)?)\s{0,2}[:=]?|"
-    r"[:=])"
+    r"(?:答案|回答|答え|正解|正确的?选项|정답|"
+    r"(?i:\b(?:respuesta|réponse|antwort|risposta|resposta|opción|alternativa|antwoord|svar|"
+    r"ответ|cevap|jawaban|odpowiedź)(?:\s(?:corr\w{1,7}|final\w?|yang\sbenar))?))\s{0,4}"
+    r"(?:(?:[是为為は은는]|(?:es|est|is|ist|è|é|lautet|adalah)\b"
+    r"(?:\s(?:la|el|die|le|a(?=\salt))\b)?)\s{0,2}[:=]?|[:=—])"
+    r"(?:\s{0,2}(?i:opción|alternativa|letra|opção|réponse|option)\s)?|"
+    r"(?<!不)(?<!可)选(?:择)?(?!项)"
 )
 SENTENCE = re.compile(
-    rf"(?i:\b(?:answer|choice|option|response|ans)\.?(?:[\s_]{{1,4}}{KIND})?{GAP}{IS}){GAP}:?{GAP}"
-    rf"(?i:{SURE}{NAMED})"
+    r"(?i:(?<![a-z])(?:answer(?:s|\(s\))?|choice|option|response|ans|(?:my|best)\sguess|exception|"
+    r"(?:right|correct)\sone|(?:true|false|(?:in)?correct)\sstatement)\.?"
+    rf"(?:[\s_]{{1,4}}(?:{KIND}|left))?{GAP}{IS}){GAP}:?{GAP}"
+    rf"(?i:{SURE}{NAMED}(?:not\s[(\[]?[A-Z][)\]]?,?\sbut\s(?:rather\s)?)?)"
 )
 SHORT = re.compile(  # no dash of a list below
     r"(?:\b[Aa]ns\b[.)]?(?=[ *_])|(?i:\b(?:answer|choice|option|ans)\b)\.?[ *_]{0,6}[-–—]{1,2}|"
-    rf"{FOREIGN}){GAP}"
+    rf"\n[#*_ ]{{1,8}}(?i:(?:(?:final|correct|best)\s)?answer)[*_ ]{{0,4}}(?=\n)|{FOREIGN}){GAP}"
 )
 # A small letter is one only where its word ends: "is a virus", "is a\nvirus" have an article.
 SMALL = (
@@ -62,43 +69,56 @@ SMALL = (
     r"(?:[.)]?[*_ ]{0,4}(?:$|\n)|[.)]\s|,?\s(?:because|since)\b)"
 )
 CHOSEN = re.compile(
-    r"(?i:\b(?:i['’]m\sgoing\swith|(?:i|i['’]d|i['’]ll|we)\s(?:would\s|will\s)?"
-    r"(?:choose|select|pick|go\swith))\s{1,4}"
+    r"(?i:\b(?:i['’]m\sgoing\swith|let['’]s\sgo\swith|(?:i|i['’]d|i['’]ll|we)\s(?:would\s|will\s)?"
+    r"(?:choose|select|pick|answer|say|recommend|go\swith))\s{1,4}(?:it(?:['’]s|\sis)\s)?"
     rf"(?:the\s)?{KIND}?){GAP}"
 )
 # "The answer is Brucella (option A)", "option A, a worm, is correct", "A is correct."; {} are the
 # letters. Without "option" only at the start of a sentence: "hepatitis B is the best answer".
 BEHIND = (
     r"(?i:\b(?:answer|choice)\s{{1,4}}is\s)([^.;\n()]{{1,120}})"
-    r"\((?i:answer|option|choice|letter)\s{{1,4}}([{}])\)"
+    r"(?:\(|,\s(?:which\sis\s|i\.e\.,?\s)?|\s[-–—]\s)"
+    r"(?i:answer|option|choice|letter)\s{{1,4}}\(?([{}])\)?(?=[).;,\s]{{0,3}}(?:$|\n|[A-Z]))"
 )
+BEST = r"\s{{1,3}}(?:is|(?:appears|seems)\sto\sbe)\s(?:the\s|my\s(?:final\s)?)?(?:only\s)?"
+NOUN = (
+    r"\s(?:answer|option|choice|fit|one|diagnosis|cause|explanation|"
+    r"(?:next\s)?step(?:\sin\s(?:the\s)?management)?)"
+)
+BUT = r",(?!\s(?:but|however|although|though|only|if|when|yet)\b)"
 RIGHT = (
     r"(?i:\b(?:option|choice|answer)\s{{1,3}}[*_]{{0,3}}[(\[]?([{}])[)\]]?[*_]{{0,3}}"
-    r"(?:,[^,.;\n]{{1,80}},|\s?\([^()\n]{{1,80}}\))?\s{{1,3}}is\s(?:the\s)?"
+    rf"(?:,[^,.;\n]{{{{1,80}}}},|\s?\([^()\n]{{{{1,80}}}}\))?{BEST}"
     r"(?:answer|correct|right|best|most\s(?:likely|appropriate))(?:"
-    r"\s(?:answer|option|choice)\sfor\b|"
-    r"(?:\s(?:answer|option|choice|one|diagnosis|cause|explanation|next\sstep))?\s?"
-    r"(?:[.;:!]|,(?!\s(?:but|however|although|though|only|if|when|yet)\b)|$|\n|"
-    r"and\b|as\s(?!a\b)|because|since|given)))"
+    rf"\s(?:answer|option|choice)\sfor\b|(?:{NOUN})?\s?"
+    rf"(?:[.;:!]|{BUT}|$|\n|and\b|as\s(?!a\b)|because|since|given)))"
 )
 BARE = (
-    r"(?m:(?:^|[.:;!]\s{{1,3}}|\b(?i:thus|therefore|hence|so|conclusion),?\s))[*_]{{0,3}}[(\[]?"
-    r"([{}])[)\]]?[*_]{{0,3}}\sis\s(?:the\sanswer|(?:the\s)?(?:correct|right|best)"
-    r"(?:\s(?:answer|option|choice))?)\s?"
-    r"(?:[.,;!]|$|\n|because|since)"
+    r"(?m:(?:^|[.:;!]\s{{1,3}}|\b(?i:thus|therefore|hence|so|conclusion),?\s|\b(?i:only)\s|"
+    r"\w\s(?=\()))[*_]{{0,3}}[(\[]?"
+    rf"([{{}}])[)\]]?[*_]{{{{0,3}}}}{BEST}(?:answer|(?:correct|right|best)(?:{NOUN})?|"
+    rf"most\s(?:likely|appropriate)(?:{NOUN})?)\s?(?:[.;!]|{BUT}|$|\n|because|since)"
 )
 # "So it must be B": only as a reply's last words, and not where a blood group was spoken of.
 IT = (
-    r"(?:^|[.!?\n]\s{{0,3}})(?i:(?:so|thus|therefore|hence),?\s)?"
-    r"(?i:it(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s)[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
+    r"(?:(?:^|[.!?\n]\s{{0,3}})(?i:(?:so|thus|therefore|hence),?\s|i\s(?:think|believe)\s)?"
+    r"(?i:(?:it|that)(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s(?:(?:option|choice)\s)?)|"
+    r"[.!?,\n]\s{{0,3}}(?i:so|thus|therefore|hence)[,:]?\s|"
+    r"\b(?i:(?:corresponds\sto|matches|which\sis|left\sis)\s(?:answer\s)?(?:option|choice)\s))"
+    r"[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
 )
 LETTERED = r"(?i:antigen|blood|class|factor|grade|group|hepatitis|influenza|stage|type|vitamin)"
 MARKED = r"(?:[*_]{0,3}[.):\]]|\s{1,2}[-–—]\s)"  # behind the letter of a label
-LAST = re.compile(r"(?i:(?:thus|therefore|hence|so),?\s)?(?i:(?:option|choice)\s)?[*_]{0,3}")
+LAST = re.compile(
+    r"(?i:(?:thus|therefore|hence|so)[,:]?\s|(?:=>|→)\s?|"
+    r"(?:conclusion|correct|final|result|solution|verdict):\s|"
+    r"(?:choose|go\swith|pick|select)\s)?(?i:(?:answer|option|choice)\.?\s)?[*_]{0,3}"
+)
 UNSURE = re.compile(
     r"(?i:\b(?:if|whether|unless|suppose|assum\w{1,6}|neither|rather\sthan|instead\sof|except|"
+    r"(?:first|initially)\s(?:thought|believed)|at\sfirst(?:\sglance)?,?\s(?=the\s)|"
     r"(?:students?|student's|people|many)(?=\s(?:$|[^.;:,\n]{0,30}\b(?:think|say|said|choose)))|"
-    r"tempting|(?:some|one)\s(?:might|may|could|would)|"
+    r"tempting|(?:some|one|you)\s(?:might|may|could|would)|"
     r"(?:wrong|incorrect|mistaken?)\s(?:to|that)|"
     r"(?:not|never|cannot|n't|n’t)\s(?:think|believe|say|clear|certain|sure|conclude|mean|that|the))"
     r"\b)[^.;:,\n]*$|n['’]t\s(?:think|believe|say|conclude|mean)\b[^.;:,\n]*$"
@@ -126,7 +146,7 @@ REFUSED = re.compile(
 )
 DISMISSED = re.compile(  # behind a label: "A) No.", "A) Aspirin - incorrect"
     r"[\s*_]*(?i:incorrect|wrong|false|no|not)\b"
-    r"|[^.;,\n]*(?:[-–—:(]\s?(?i:incorrect|wrong|no)\b|[❌✗✘])"
+    r"|[^.;,\n]*(?:[-–—:(]\s?(?i:incorrect|wrong|not?|contraindicated)\b|[❌✗✘])"
 )
 # The last line's "The best next step is **C. CT angiography**", "Thus, it is most likely option C".
 WEIGHED = re.compile(
@@ -140,16 +160,19 @@ FIRM = (
     r"(?:(?i:(?:the\s)?(?:option|choice|answer)\s)[*_]{{0,3}}|(?=[(]?[{}][.):]))"
 )
 # Before a last line that is none: "vitamin\nD.", "38.5 degrees\nC", "the options are:\nA) flu".
-BROKEN = re.compile(rf"{LETTERED}\s?:?$|(?:\d|°|degrees)$")
+BROKEN = re.compile(rf"{LETTERED}\s?:?$|(?:\d|°|degrees|(?::|\bis)\s[A-Z])$")
 LISTS = re.compile(r"(?i:\b(?:options|choices|possibilities|each|one\sby\sone)\b)")
 LEAD = r"^(?i:(?:the\s)?(?:(?:correct|best|final)\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
-PLAIN = re.compile(r"\\[()]|\\(?=[.\[\]])|</?(?i:b|i|em|strong|p)>|[\u200b\ufeff]")  # marks
+PLAIN = re.compile(  # marks
+    r"\\[()]|\\(?=[.\[\]])|</?(?i:b|i|em|strong|p|final_?answer)>|</?A(?i:nswer)>|"
+    r"\$?\\(?:text|math)[a-z]{0,4}\{(?=[^{}]{1,9}\})|[✅✔👉\ufe0f\u200b\ufeff]"
+)
 TOKENS = re.compile(r"<\|[^|<>\s]+\|>|</?(?:s|[be]os|pad|\w+_of_turn)>|\[/?INST\]")
-STOPS = str.maketrans({"。": ". ", "、": ", "})
+STOPS = str.maketrans({"。": ". ", "、": ", "} | dict.fromkeys("«»「」【】", '"'))
 # Full width, circled, bold; a whole text's NFKC takes its length squared where marks pile up.
 FORMS = re.compile("[\u2460-\u24ff\u3000\uff01-\uff5e\U0001d400-\U0001d7ff]")
 FIELD = (
-    r'"(?:final_|correct_)?(?i:answer|choice|option)(?:_choice|_letter|_option)?"\s{0,8}:\s{0,8}'
-    r'(?:\[\s{0,4}"([^"\n]{0,400})"\s{0,4}\]|"([^"\n]{0,400})"|([A-Z])\b)'
+    r'"((?:final_|correct_)?(?i:answer|choice|option)(?:_choice|_letter|_option)?)"'
+    r'\s{0,8}:\s{0,8}(?:\[\s{0,4}"([^"\n]{0,400})"\s{0,4}\]|"([^"\n]{0,400})"|([A-Z])\b)'
 )
-PUNCTUATION = " ()[].:*\"'“”«»✅"
+PUNCTUATION = " ()[].:*\"'“”"
