@@ -2,7 +2,7 @@
 
 Serves every claim. Committed, with `bbkit.study.arms.DECISIVE`, before the first run of the study.
 The unit is a training seed: an arm minus another on the same seed and the same test prompts, by
-Student's test over seeds (the bootstrap over seeds and prompts as well covers 80 to 100 % here,
+Student's test over seeds (the bootstrap over seeds and prompts as well covers 90 to 100 % here,
 not 95: `bbkit.study.simulation`). In each family p-values are adjusted by Holm, once for a
 difference and once for there being none of MARGIN (two one-sided tests, Schuirmann 1987).
 """
