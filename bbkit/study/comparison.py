@@ -67,7 +67,7 @@ def cell(drawn: effects.Draws, name: str) -> str:
     """One measure of an arm: %, nats of a loss, or a KL without its interval; empty without it."""
     if name in effects.KL:
         return f"{drawn[name][0]:.3f}" if name in drawn else ""
-    seen = effects.told(drawn[name]) if name in drawn else None
+    seen = effects.described(drawn[name]) if name in drawn else None
     return report.nats(seen) if name in elsewhere.WORST else report.cell(seen)
 
 
@@ -97,12 +97,12 @@ def variance(kept: Mapping[str, Any], arm: str = "full") -> str:
 
 def changes(kept: Mapping[str, Any], first: str = "grpo") -> str:
     """Each arm minus the `first` on the seeds of both, as Markdown; bold excludes 0."""
-    found, lines = effects.arms(kept), []
+    found, lines = effects.by_arm(kept), []
     shown = {name: head for name, head in NAMES.items() if name != "elsewhere"}
     for arm in found:
         known, seeds = effects.change(found, first, arm)
         if seeds and arm != first:
-            told = (effects.told(known[m]) if m in known else None for m in shown)
+            told = (effects.described(known[m]) if m in known else None for m in shown)
             lines.append([arm, str(seeds), *map(report.change_cell, told)])
     return report.markdown([f"points, minus {first}", "seeds", *shown.values()], lines)
 
@@ -122,7 +122,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
 }
 
 
-def told(kept: Mapping[str, Any]) -> str:
+def page(kept: Mapping[str, Any]) -> str:
     """What the commands print: every block that is known of any record."""
     return "\n\n".join(filter(None, (make(kept) for make in (table, sources, changes))))
 
@@ -167,7 +167,7 @@ def _main(args: argparse.Namespace) -> int:
             }
             plots.save(args.figures, made)
         elif not args.write:
-            print(told(kept))
+            print(page(kept))
     if args.write:
         files.write_bytes(args.write, text.encode())
     return 0

@@ -32,7 +32,7 @@ KL = {"kl": "KL, questions", "kl_instruction": "KL, instructions"}
 Draws = dict[str, np.ndarray]  # of each measure: the value, then its bootstrap draws
 
 
-def arms(kept: Mapping[str, Any], some: Collection[str] = ()) -> dict[str, dict[int, Rows]]:
+def by_arm(kept: Mapping[str, Any], some: Collection[str] = ()) -> dict[str, dict[int, Rows]]:
     """Item rows by stage of every arm and seed of a record; `sft` is what the others began with.
 
     Or of `some` arms and `sft`: all of a long record take seconds.
@@ -57,7 +57,7 @@ def scores(kept: Mapping[str, Any], regime: str = "") -> dict[str, tuple[Draws, 
 
     `regime` "sft" or "grpo" asks for the arms without, or with, GRPO on domain questions alone.
     """
-    found, known = {}, arms(kept)
+    found, known = {}, by_arm(kept)
     ends = {arm: [last(r) for r in seeds.values()] for arm, seeds in known.items()}
     for arm, rows in ({"base": [r["base"] for r in known["sft"].values()]} | ends).items():
         alone = arm.partition("_")[0] == "alone"
@@ -119,7 +119,7 @@ def by_cluster(rows: Sequence[Mapping], apart: bool = False) -> dict[str, dict[s
     return found
 
 
-def told(values: np.ndarray) -> dict[str, Any]:
+def described(values: np.ndarray) -> dict[str, Any]:
     """The measure of a value followed by its draws: {"value", "interval"}."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"value": float(values[0]), "interval": [float(low), float(high)]}

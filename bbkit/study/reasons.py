@@ -19,11 +19,11 @@ DEAD = 1e-3  # of the longest gradient
 KEPT = "retention/slope_kept"  # how the step that is taken changes the kept KL, to first order
 
 
-def arms(kept: Mapping[str, Any], regime: str) -> list[str]:
+def arms_of(kept: Mapping[str, Any], regime: str) -> list[str]:
     """The arms of a regime that a record has, in the order in which they ran.
 
     >>> runs = {"sft-0": {"scores": {"sft": {}}}, "grpo-0": {"scores": {"grpo": {}}}}
-    >>> arms({"runs": runs}, "the whole method")
+    >>> arms_of({"runs": runs}, "the whole method")
     ['grpo']
     """
     known = {name.rpartition("-")[0]: run["scores"] for name, run in kept["runs"].items()}
@@ -41,8 +41,8 @@ def scores(kept: Mapping[str, Any], regime: str) -> str:
 
     Of each kind of text elsewhere the KL to the base along it; of the worst the loss above it too.
     """
-    shown, lines = ("base", *arms(kept, regime)), []
-    found = effects.arms(kept, shown)
+    shown, lines = ("base", *arms_of(kept, regime)), []
+    found = effects.by_arm(kept, shown)
     seen = {arm: [*verdicts.values(found, arm).values()] for arm in shown}
     kinds = elsewhere.by_kind(seen["base"][0])["elsewhere_kl"]
     asked = [name for name in SCORES if any(name in some[0] for some in seen.values())]
@@ -70,7 +70,7 @@ def steps(kept: Mapping[str, Any]) -> str:
     """
     lines = []
     for regime in REGIMES:
-        for arm in arms(kept, regime):
+        for arm in arms_of(kept, regime):
             logs = [run["log"] for n, run in kept["runs"].items() if n.rpartition("-")[0] == arm]
             rows = [row for log in logs for row in by_step(log)]
             told = [share(rows, asks) for asks in ASKED.values()]

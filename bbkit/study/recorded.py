@@ -148,7 +148,7 @@ def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[
     return {"items": kept["items"], "runs": whole}
 
 
-def text(found: Mapping[str, Any]) -> str:
+def as_json(found: Mapping[str, Any]) -> str:
     """The file of a record: JSON, a line a run, so that git shows which one changed."""
 
     def tight(value: Any) -> str:

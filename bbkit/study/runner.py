@@ -84,8 +84,8 @@ def _main(args: argparse.Namespace) -> int:
         if args.record:
             if args.record.exists():
                 found = recorded.joined(recorded.read(args.record), found, str(args.record))
-            files.write_bytes(args.record, recorded.text(found).encode())
-        print(verdicts.told(found) if args.decisive else comparison.told(found))
+            files.write_bytes(args.record, recorded.as_json(found).encode())
+        print(verdicts.page(found) if args.decisive else comparison.page(found))
     return 0
 
 

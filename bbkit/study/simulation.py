@@ -101,9 +101,9 @@ def decided(spread: float, seeds: int, contrasts: int = 9, count: int = 1000) ->
     return [sum(apart) / count, sum(none) / count]
 
 
-def told(kept: Mapping[str, Any]) -> str:
+def page(kept: Mapping[str, Any]) -> str:
     """The tables as Markdown, of the contrasts that the record has seeds of."""
-    found, lines, families = effects.arms(kept), [], []
+    found, lines, families = effects.by_arm(kept), [], []
     for family, contrasts in FAMILIES.items():
         known = [c for c in contrasts if "base" not in (c.before, c.after)]
         known = [c for c in known if len(found.get(c.before, {}).keys() & found.get(c.after, {}))
@@ -144,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(path: Path) -> int:
     kept = recorded.read(path)
-    if "sft" not in effects.arms(kept):
+    if "sft" not in effects.by_arm(kept):
         raise InputError(f"{path}: no run sft-SEED in it; record a study of bbkit.study")
-    print(told(kept))
+    print(page(kept))
     return 0
 
 

@@ -54,13 +54,13 @@ def _arms(kept: Mapping[str, Any], measure: str, label: str, scale: float = 1) -
     """The mean of every arm with half as many seeds as the most of its regime, and its name."""
     from matplotlib.patches import Rectangle
 
-    found = effects.arms(kept)
+    found = effects.by_arm(kept)
     base = next(iter(verdicts.values(found, "base").values()))
     figure, axis = new_figure(8.7, 5.4)
     at, names = {"base": (100 * base["general"], scale * base[measure])}, list[tuple]()
     axis.plot(*at["base"], "o", color="#777777", ms=7, label="base")
     for (mark, shade), regime in zip(MARKS, reasons.REGIMES, strict=False):
-        arms = reasons.arms(kept, regime)
+        arms = reasons.arms_of(kept, regime)
         look = {"marker": mark, "ms": 7, "color": shade, "mec": "black", "mew": 0.6, "ls": ""}
         if arms:
             axis.plot([], [], label=regime, **look)

@@ -232,7 +232,7 @@ HEADS = ("compared", "effect", "seeds", "p (Holm)", "verdict", "by the tag")
 def lines(kept: Mapping[str, Any], family: str) -> list[list[str]]:
     """What is asked, of which arms, by how much, on how many seeds: a line a contrast."""
     found, asked = [], {arm for c in FAMILIES[family] for arm in (c.before, c.after)}
-    for contrast, seen, p, said in judged(effects.arms(kept, asked), family):
+    for contrast, seen, p, said in judged(effects.by_arm(kept, asked), family):
         cells, by_tag = ["", "", ""], ""
         if seen:
             show = report.nats if contrast.measure == "elsewhere" else report.change_cell
@@ -266,7 +266,7 @@ def untaxed(kept: Mapping[str, Any]) -> str:
 
     "taxed" is an arm of which one interval of its own, not adjusted, lies beyond its margin.
     """
-    found = effects.arms(kept, [arm for some in UNTAXED for arm in some])
+    found = effects.by_arm(kept, [arm for some in UNTAXED for arm in some])
     rows = [row for arms in UNTAXED for row in _untaxed(found, arms)]
     heads = ["arm", "general − base's", "worst kind elsewhere, nats", "seeds", "p of no tax (Holm)"]
     return report.markdown([*heads, "verdict"], rows)
@@ -293,7 +293,7 @@ def _untaxed(found: Mapping[str, Mapping[int, Rows]], arms: Sequence[str]) -> li
     return rows
 
 
-def told(kept: Mapping[str, Any]) -> str:
+def page(kept: Mapping[str, Any]) -> str:
     """What the command prints of the decisive study: its families, and the arms without tax."""
     parts = [f"{family}:\n{table(kept, family)}" for family in FAMILIES]
     return "\n\n".join([*parts, f"no tax:\n{untaxed(kept)}"])

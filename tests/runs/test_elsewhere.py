@@ -264,7 +264,7 @@ def test_arms_are_compared_on_their_worst_kind_in_each_draw():
 
 def packed(whole, tmp_path):
     kept = recorded.pack([whole])
-    (tmp_path / "r.json").write_text(recorded.text(kept))
+    (tmp_path / "r.json").write_text(recorded.as_json(kept))
     return recorded.read(tmp_path / "r.json")
 
 

@@ -84,10 +84,10 @@ def test_an_arm_is_compared_on_the_seeds_that_both_have():
     kept = record(
         sft=[((0, 0), 1)] * 3, grpo=[((1, 0), 1), ((0, 0), 1), ((0, 0), 1)], full=[((1, 1), 1)] * 2
     )
-    change, seeds = effects.change(effects.arms(kept), "grpo", "full")
+    change, seeds = effects.change(effects.by_arm(kept), "grpo", "full")
     assert seeds == 2 and change["domain"][0] == 0.75
-    assert effects.change(effects.arms(kept), "grpo", "gdpo") == ({}, 0)
-    change, seeds = effects.change(effects.arms(kept), "base", "full")
+    assert effects.change(effects.by_arm(kept), "grpo", "gdpo") == ({}, 0)
+    change, seeds = effects.change(effects.by_arm(kept), "base", "full")
     assert seeds == 2 and change["domain"][0] == 1.0
 
 
@@ -98,7 +98,7 @@ def test_each_data_set_is_told_apart():
     lines = comparison.sources(kept).splitlines()
     assert lines[0] == "| % | other | s |"
     assert [cell.split()[0] for cell in lines[-1].split(" | ")[1:]] == ["0.0", "100.0"]
-    assert comparison.changes(kept) in comparison.told(kept)
+    assert comparison.changes(kept) in comparison.page(kept)
 
 
 def test_noise_is_joined_over_the_seeds_that_show_a_signal():
@@ -163,7 +163,7 @@ def test_records_stay_small():
 def test_a_file_of_marks_is_written_and_the_rest_of_it_kept(tmp_path, capsys):
     kept = record(sft=[((0, 0), 1)] * 2, grpo=[((1, 0), 1)] * 2)
     source, target = tmp_path / "world.json", tmp_path / "README.md"
-    source.write_text(recorded.text(kept))
+    source.write_text(recorded.as_json(kept))
     assert read_json(source) == kept
     target.write_text("before\n<!-- world arms -->\nold\n<!-- end -->\nafter\n")
     assert comparison.main([str(source), "--write", str(target)]) == 0
@@ -197,7 +197,7 @@ def test_tables_have_every_arm_of_their_regime(retention, monkeypatch):
     kept = retention[0]
     drawn = effects.draws  # what follows looks at no interval
     monkeypatch.setattr(effects, "draws", lambda runs, count=9: drawn(runs, min(count, 9)))
-    arms = effects.arms(kept)
+    arms = effects.by_arm(kept)
     for regime in ("sft", "grpo"):
         lines = comparison.tax(kept, regime).splitlines()
         assert len({line.count("|") for line in lines}) == 1
@@ -213,7 +213,7 @@ def test_a_figure_names_each_arm_once_and_apart(retention, name):
     for text in axis.texts:
         if text.get_text():
             names[text.get_text().partition(" (")[0]] = text
-    seeds = {arm: len(runs) for arm, runs in effects.arms(kept).items()}
+    seeds = {arm: len(runs) for arm, runs in effects.by_arm(kept).items()}
     assert set(names) == {arm for arm, count in seeds.items() if count == 3} < set(seeds)
     figure.draw_without_rendering()
     boxes = (Text.get_window_extent(text) for text in names.values())  # without their lines

@@ -82,7 +82,7 @@ def test_a_record_gives_the_table_again_and_is_small(made, tmp_path, capsys):
     words = ["--table", *TWO, "--out", str(made)]
     assert runner.main([*words, "--record", str(tmp_path / "study.json")]) == 0
     kept = read_json(tmp_path / "study.json")
-    told = comparison.told(kept)
+    told = comparison.page(kept)
     assert told == capsys.readouterr().out.strip()
     assert kept["runs"]["conflict_orthogonal-0"]["command"].startswith("python -m bbkit.train")
     rows = read_rows(made / "conflict_orthogonal-0" / "evaluation" / "grpo.jsonl")
@@ -109,14 +109,14 @@ def test_a_record_is_added_to_but_not_changed(made, tmp_path, capsys):
     assert set(kept["runs"]) == {"sft-0", "grpo-0", "conflict_orthogonal-0"}
     scores = kept["runs"]["sft-0"]["scores"]["sft"]
     scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
-    file.write_text(recorded.text(kept))
+    file.write_text(recorded.as_json(kept))
     assert runner.main([*words, "--arms", "conflict_orthogonal"]) == 2
     assert "sft-0 scored otherwise there" in capsys.readouterr().err
     scores["domain"] = scores["domain"].translate(str.maketrans("01", "10"))
     kept["runs"]["conflict_orthogonal-5"] = kept["runs"]["conflict_orthogonal-0"] | {
         "retention": {"rule": "step"}
     }
-    file.write_text(recorded.text(kept))
+    file.write_text(recorded.as_json(kept))
     assert runner.main([*words, "--arms", "conflict_orthogonal"]) == 2
     assert (
         "conflict_orthogonal-5 keeps replies otherwise than conflict_orthogonal-0"

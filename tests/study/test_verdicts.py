@@ -42,7 +42,7 @@ def study(seeds=12, shift=None, noise=0.02, lost=0.0):
 
 
 def said(kept, family="the whole method"):
-    found = verdicts.effects.arms(kept)
+    found = verdicts.effects.by_arm(kept)
     return {c.asks: told for c, _, _, told in judged(found, family)}
 
 
@@ -91,12 +91,12 @@ def test_a_floor_is_no_equivalence():
 
 def test_what_has_not_run_is_said_and_counts():
     kept = study(shift={"full": 0.05}, noise=0.025, seeds=6)
-    p = {c.after + c.before: p for c, _, p, _ in judged(verdicts.effects.arms(kept), FULL)}
+    p = {c.after + c.before: p for c, _, p, _ in judged(verdicts.effects.by_arm(kept), FULL)}
     runs = {k: v for k, v in kept["runs"].items() if k.rpartition("-")[0] in ("full", "grpo")}
-    less = judged(verdicts.effects.arms({**kept, "runs": runs}), FULL)
+    less = judged(verdicts.effects.by_arm({**kept, "runs": runs}), FULL)
     told = {c.after + c.before: (q, said) for c, _, q, said in less}
     assert [said for _, said in told.values()].count("not run") == len(told) - 1
-    raw = paired(verdicts.differences(verdicts.effects.arms(kept), "grpo", "full", "area"))["p"]
+    raw = paired(verdicts.differences(verdicts.effects.by_arm(kept), "grpo", "full", "area"))["p"]
     assert told["fullgrpo"][0] == pytest.approx(min(1.0, raw * len(told))) and p["fullgrpo"] > raw
 
 
@@ -123,7 +123,7 @@ def test_every_arm_that_is_contrasted_is_run_and_on_enough_seeds():
 
 def test_the_front_page_has_a_line_of_each_contrast_that_the_title_asks():
     kept = study()
-    page = verdicts.told(kept)
+    page = verdicts.page(kept)
     lines = [line.split(" | ") for line in verdicts.title(kept).splitlines()[2:]]
     assert len(lines) == len(verdicts.TITLE) == 8
     assert {line[0].strip("| ") for line in lines} < {*FAMILIES}  # one had no room to differ
@@ -143,7 +143,7 @@ def test_a_brief_record_says_the_same_of_each_seed():
     assert (
         len(brief["items"]) == 100 + len(KINDS) and "base" not in brief["runs"]["step-1"]["scores"]
     )
-    one, other = verdicts.effects.arms(kept), verdicts.effects.arms(brief)
+    one, other = verdicts.effects.by_arm(kept), verdicts.effects.by_arm(brief)
     for arm in (*one, "base"):
         for seed, known in verdicts.values(one, arm).items():
             assert verdicts.values(other, arm)[seed] == pytest.approx(known, abs=1e-4)
@@ -173,7 +173,7 @@ def test_the_command_says_both_tables(tmp_path, capsys, monkeypatch):
         real = getattr(simulation, name)
         monkeypatch.setattr(simulation, name, lambda *a, r=real, n=count: r(*a, count=n))
     file = tmp_path / "record.json"
-    file.write_text(recorded.text(study(seeds=4)))
+    file.write_text(recorded.as_json(study(seeds=4)))
     assert simulation.main([str(file)]) == 0
     out = capsys.readouterr().out
     assert "covers, %" in out and "| no tax |" in out and "| the whole method | 8 |" in out
