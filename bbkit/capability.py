@@ -1,8 +1,10 @@
 """Capability-aware GRPO around TRL's GRPOTrainer, or unsloth's, with any reward functions.
 
-Serves the claims on Capability-Aware GRPO, the dynamic hybrid reward and gradient orthogonality:
-one advantage and one gradient per reward, weights that a controller moves, and a combination that
-keeps the capabilities from hurting one another. The paper gives no formulas: this is our reading.
+Serves the claims on Capability-Aware GRPO, the dynamic hybrid reward and gradient orthogonality, by
+our reading: the paper gives no formulas. A step, in order: `_calculate_rewards` moves the weights,
+`_generate_and_score_completions` adds an advantage per reward, `training_step` catches the
+gradients of the passes that `compute_loss` makes of each micro-batch, and `_combine` makes one of
+them for the optimiser, on whose step `Limits` looks.
 """
 
 import math
@@ -158,9 +160,8 @@ class CapabilityAware(Trainer):
                 self.raw_rewards, self.num_generations, self.controller.weights,
                 self.asked.advantages, self.asked.sigma_floor,
             )  # fmt: skip
-            count = len(output["advantages"])
-            start = count * self.accelerator.process_index
-            output["capability_advantages"] = found[start : start + count]
+            ranks = found.split(len(output["advantages"]))
+            output["capability_advantages"] = ranks[self.accelerator.process_index]
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -278,8 +279,7 @@ class CapabilityAware(Trainer):
             weights = torch.tensor(self.controller.weights, dtype=products.dtype)
             found, asked = torch.zeros_like(weights), weights > 0  # the others are only logged
             found[asked] = combine(products[asked][:, asked], method, weights[asked])
-        coefficients = pad(found, (0, len(capture) - kinds), value=1.0)  # that of the rest stays 1
-        capture.put(coefficients * scale)
+        capture.put(scale * pad(found, (0, len(capture) - kinds), value=1.0))  # the rest stays 1
         if self.asked.combination != "sum":  # limits alone may be retention's
             self.limits.watch(self.optimizer)
             bound = 0.0 if self.asked.metric == "step" else math.inf  # else it is only measured
