@@ -27,6 +27,9 @@ def extract_choice(text: str, letters: str = "ABCD") -> str | None:
     """
     text = re.split("</think(?:ing)?>", text)[-1].partition("<think>")[0]  # one that was cut off
     text = text if "<answer>" in text else text.rpartition("</reasoning>")[2]
+    after = patterns.AFTERWARDS.search(text)
+    if after and (first := extract_choice(text[: after.start()], letters)):
+        return first
     text = patterns.FORMS.sub(lambda m: normalize("NFKC", m[0]), text)
     text = patterns.PLAIN.sub("", patterns.TOKENS.sub("\n", text.translate(patterns.STOPS))).strip()
     for kind in (_tag, _json, _boxed, _sentences, _concluded, _lines):
@@ -133,6 +136,10 @@ def _sentences(text: str, letters: str) -> Iterator[str | None]:
 def _concluded(text: str, letters: str) -> Iterator[str | None]:
     """The label in the last line's last "is C. Text" or "is option C", weighed and not doubted."""
     line = "".join(_bare(text)[-1:])[-500:]
+    for aside in re.finditer(patterns.ASIDE.format(letters), line):
+        before = re.split(r"[.!?]\s(?=[A-Z][a-z])", line[: aside.start()])[-1]
+        if patterns.WEIGHED.search(before) and not patterns.DOUBTED.search(before):
+            yield aside[1]
     for match in [*re.finditer(patterns.FIRM.format(letters), line)][-1:]:
         before = re.split(r"[.!?]\s(?=[A-Z][a-z])", line[: match.start()])[-1]
         doubt = patterns.DOUBTED.search(before[-60:]) or re.search(patterns.LETTERED, before)
@@ -155,7 +162,10 @@ def _bare(text: str) -> list[str]:
 
 
 def _denied(text: str, match: re.Match) -> bool:
-    return patterns.UNSURE.search(text[max(0, match.start() - 60) : match.start()]) is not None
+    before = text[max(0, match.start() - 200) : match.start()]
+    if "would be" in match[0] and patterns.SUPPOSED.search(before):
+        return True
+    return patterns.UNSURE.search(before[-60:]) is not None
 
 
 def _lines(text: str, letters: str) -> Iterator[str | None]:

@@ -83,7 +83,7 @@ BEHIND = (
 BEST = r"\s{{1,3}}(?:is|(?:appears|seems)\sto\sbe)\s(?:the\s|my\s(?:final\s)?)?(?:only\s)?"
 NOUN = (
     r"\s(?:answer|option|choice|fit|one|diagnosis|cause|explanation|"
-    r"(?:next\s)?step(?:\sin\s(?:the\s)?management)?)"
+    r"(?:next\s)?step(?:\sin\s(?:the\s)?management)?)(?:\shere)?"
 )
 BUT = r",(?!\s(?:but|however|although|though|only|if|when|yet)\b)"
 RIGHT = (
@@ -103,7 +103,9 @@ BARE = (
 IT = (
     r"(?:(?:^|[.!?\n]\s{{0,3}})(?i:(?:so|thus|therefore|hence),?\s|i\s(?:think|believe)\s)?"
     r"(?i:(?:it|that)(?:['’]s|\s(?:is|must\sbe|has\sto\sbe))\s(?:(?:option|choice)\s)?)|"
-    r"[.!?,\n]\s{{0,3}}(?i:so|thus|therefore|hence)[,:]?\s|"
+    r"[.!?,\n]\s{{0,3}}(?i:so|thus|therefore|hence)[,:]?\s|\b(?i:left\swith\s)|"
+    r"[.!?\n]\s{{0,3}}(?i:(?:answer\s)?(?:choose|choice|option)\s)|"
+    r"(?:→|=>)\s?[*_]{{0,3}}(?i:(?:option|choice)\s)?|"
     r"\b(?i:(?:corresponds\sto|matches|which\sis|left\sis)\s(?:answer\s)?(?:option|choice)\s))"
     r"[*_(\[]{{0,3}}([{}])[)\]*_.!]{{0,5}}$"
 )
@@ -122,6 +124,10 @@ UNSURE = re.compile(
     r"(?:wrong|incorrect|mistaken?)\s(?:to|that)|"
     r"(?:not|never|cannot|n't|n’t)\s(?:think|believe|say|clear|certain|sure|conclude|mean|that|the))"
     r"\b)[^.;:,\n]*$|n['’]t\s(?:think|believe|say|conclude|mean)\b[^.;:,\n]*$"
+)
+# "If he were stable, the answer would be A."
+SUPPOSED = re.compile(
+    r"(?:^|[.!?;\n]\s{0,3})(?:(?:But|And)\s)?(?i:if|were|had|in\s(?:an?|another))\s[^.!?;\n]*$"
 )
 # "each option: A. ...", "the drug of choice is: A) ...": a list or a thing begins, no answer.
 OF_MANY = re.compile(
@@ -162,10 +168,14 @@ FIRM = (
 # Before a last line that is none: "vitamin\nD.", "38.5 degrees\nC", "the options are:\nA) flu".
 BROKEN = re.compile(rf"{LETTERED}\s?:?$|(?:\d|°|degrees|(?::|\bis)\s[A-Z])$")
 LISTS = re.compile(r"(?i:\b(?:options|choices|possibilities|each|one\sby\sone)\b)")
+ASIDE = r"\((?i:option|choice|answer)\s([{}])\)[*_.!\s]{{0,4}}$"  # "… is heparin (option C)."
 LEAD = r"^(?i:(?:the\s)?(?:(?:correct|best|final)\s)?(?:answer|option|choice)\b(?:\sis)?:?\s{0,4})"
 PLAIN = re.compile(  # marks
     r"\\[()]|\\(?=[.\[\]])|</?(?i:b|i|em|strong|p|final_?answer)>|</?A(?i:nswer)>|"
     r"\$?\\(?:text|math)[a-z]{0,4}\{(?=[^{}]{1,9}\})|[✅✔👉\ufe0f\u200b\ufeff]"
+)
+AFTERWARDS = re.compile(  # what a model runs on with
+    r"<\|endoftext\|>|</s>|<eos>|\n[#*_ ]{0,6}(?i:question|exercise)(?:\s\d{1,3})?[*_]{0,3}:"
 )
 TOKENS = re.compile(r"<\|[^|<>\s]+\|>|</?(?:s|[be]os|pad|\w+_of_turn)>|\[/?INST\]")
 STOPS = str.maketrans({"。": ". ", "、": ", "} | dict.fromkeys("«»「」【】", '"'))

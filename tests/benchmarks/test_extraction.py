@@ -88,6 +88,14 @@ SAID = [
     "The answer is: C\n\nD: incorrect", "A: no.\nB: no.\nC: yes.\n\n### Answer\n**C**\n\nDone.",
     "<answer>\\boxed{C}</answer>", r"The answer is $\text{C}$.", "The answer is {C}.",
     '[{"option": "A", "why": "no"}, {"option": "B", "why": "no"}], "answer": "C"',
+    # what a model runs on with, an option named last, what is only supposed
+    "C. Gout\n\nQuestion: A man has pain.\nA. x\nB. y\nAnswer: B",
+    "Answer: C<|endoftext|>Answer: B",
+    "Let me see.\n\nQuestion: A man has pain.\nA. x\nB. y\nC. z\nAnswer: C", "Gout → **Option C**",
+    "The best next step would be CT (Option C).", "It lasts. Answer choice C.",
+    "So we are left with C.",
+    "Option C is the best choice here.",
+    "If he were stable, the answer would be A. The answer is C.",
     "本题选C", "因此选择C。", "正确选项是C", "正解はCです。", "정답은 C입니다.",
     "Правильный ответ — C.",
     "La respuesta correcta es la opción C.", "A resposta correta é a alternativa C.",
@@ -197,7 +205,10 @@ TRAPS = [
     "A because it is viral. B because it is bacterial.", "A, because x\nB, because y",
     "The correct answer is: A\n\nB: the drug. C: the other", "The answer is {A} or {B}.",
     "A. Warfarin - contraindicated in pregnancy.\n\nSo we use heparin.", "不选A", "选A或B",
-    "选项A：阿司匹林", "正解はC反応性蛋白です", "Her blood group is A. So B",
+    "If he were stable, the answer would be A. But he is not.",
+    "Were he stable, the answer would be A.",
+    "In a stable patient, the answer would be A. This one is not.", "选项A：阿司匹林",
+    "正解はC反応性蛋白です", "Her blood group is A. So B",
 ]  # fmt: skip
 NAMED = list(zip(FRAMES, "ABCDABCD", strict=True))
 TRAPS += [frame.format(thing.format(letter)) for thing in THINGS for frame, letter in NAMED]
