@@ -91,7 +91,8 @@ def _arms(kept: Mapping[str, Any], measure: str, label: str, scale: float = 1) -
     axis.add_patch(Rectangle((right - points, bottom), points, green, color="#009E73", alpha=0.15))
     names.sort()
     line = {"arrowstyle": "-", "lw": 0.4, "color": "#999999", "relpos": (0, 0.5)}
-    heights = apart([y - bottom for y, *_ in names], (top - bottom) / max(28, len(names) + 1))
+    gap = (top - bottom) / max(28, len(names) + 1)
+    heights = apart([y - bottom for y, *_ in names], gap, top - bottom)
     for height, (_, name, arm, shade) in zip(heights, names, strict=True):
         axis.annotate(
             name, at[arm], (right + 0.08 * wide, bottom + height), color=shade, fontsize=7.5,
@@ -101,16 +102,17 @@ def _arms(kept: Mapping[str, Any], measure: str, label: str, scale: float = 1) -
     return figure
 
 
-def apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Heights, `gap` apart or more and half of it above 0, near those wanted, which rise.
+def apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
+    """Heights, `gap` apart or more and half of it from 0 and `top`, near those wanted, which rise.
 
-    >>> apart([0.0, 0.0, 3.0, 3.0], 1)
+    >>> apart([0.0, 0.0, 3.0, 3.5], 1, 4)
     [0.5, 1.5, 2.5, 3.5]
     """
     blocks: list[list[float]] = []  # what would overlap stands together, around its mean
 
     def first(some: list[float]) -> float:
-        return max(gap / 2, sum(some) / len(some) - gap * (len(some) - 1) / 2)
+        tall = gap * (len(some) - 1)
+        return max(gap / 2, min(sum(some) / len(some) - tall / 2, top - tall - gap / 2))
 
     for height in wanted:
         blocks.append([height])
