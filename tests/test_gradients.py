@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bbkit import CannotRun, InputError, combination, config, gradients, models
 from bbkit.gradients import Capture, capability_gradients, combine, watch
@@ -27,6 +28,18 @@ def tiny(seed=0, rank=4, dropout=0.0, checkpointing=None, targets="all-linear"):
     return model.train()
 
 
+def doubled(model):
+    """In float64 throughout: transformers' own norm computes in float32 whatever its weights are.
+
+    In float32 either way of the example below is 8e-6 from this, which is no error of a method.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LlamaRMSNorm):
+            model.set_submodule(name, nn.RMSNorm(len(module.weight), module.variance_epsilon))
+            model.get_submodule(name).weight = module.weight
+    return model.double()
+
+
 def batch(seed, sequences, side="right", vocabulary=31, length=9):
     """Token ids and mask; sequence i is padded by i tokens on one side."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +52,8 @@ def batch(seed, sequences, side="right", vocabulary=31, length=9):
 
 def terms(model, ids, mask):
     """ℓ_i: mean negative log-likelihood of each sequence's own tokens, (N,)."""
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (loss * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)
 
@@ -87,13 +101,12 @@ def error(found, wanted):
 def test_one_pass_equals_autograd(
     seed, rank, sequences, capabilities, passes, side, dropout, checkpointing
 ):
-    model = tiny(seed, rank, dropout, checkpointing)
+    model = doubled(tiny(seed, rank, dropout, checkpointing))
     batches = [batch(seed + i, sequences, side) for i in range(passes)]
-    advantages = [torch.randn(sequences, capabilities) for _ in batches]
+    advantages = [torch.randn(sequences, capabilities).double() for _ in batches]
     capture = one_pass(model, batches, advantages)
     assert not capture.missed
-    # Rounding: mostly 5e-7; in the example both are 8e-6 away from what float64 gives.
-    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-4
+    assert error(capture.gradients, separate(model, batches, advantages)) <= 1e-12
 
 
 def test_what_is_captured_does_not_reach_grad():
