@@ -16,7 +16,8 @@ TINY = [
         "sft.steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=2",
         "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
         "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
-        "evaluation.bootstrap=50", "evaluation.elsewhere=3",
+        "evaluation.bootstrap=50", "evaluation.elsewhere=3", "retention.replies=32",
+        "retention.per_step=4",
     )
 ]  # fmt: skip
 

@@ -274,9 +274,10 @@ def untaxed(kept: Mapping[str, Any]) -> str:
 
 def _untaxed(found: Mapping[str, Mapping[int, Rows]], arms: Sequence[str]) -> list[list[str]]:
     seen: list[Any] = []
+    base = values(found, "base")
     for arm in arms:
-        lost = [-d for d in differences(found, "base", arm, "general")]
-        worst = differences(found, "base", arm, "elsewhere")
+        own = values(found, arm)
+        lost, worst = _between(own, base, "general"), _between(base, own, "elsewhere")
         seen.append({"lost": paired(lost), "worst": paired(worst, NATS)} if len(lost) > 1 else None)
     for both in filter(None, seen):
         both["p"] = max(both["lost"]["p_below"], both["worst"]["p_below"])
