@@ -171,6 +171,7 @@ _PLAIN |= {code: unicodedata.name(chr(code)).split()[-1].lower() for code in ran
 _PLAIN[0x3BB] = "lambda"  # "LAMDA" to Unicode
 
 
+@lru_cache(maxsize=8192)
 def _fold(text: str, article: bool) -> str:
     words = unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN).split()
     drop = not article and len(words) > 1 and words[0] in ("a", "an", "the")

@@ -1,5 +1,6 @@
 """Shared fixtures, and what several tests start from."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ TINY = [
         "grpo.prompts=4", "grpo.generations=4", "grpo.micro_batch_size=16", "run.threads=1",
         "evaluation.questions=6", "evaluation.instructions=6", "evaluation.max_new_tokens=16",
         "evaluation.bootstrap=50", "evaluation.elsewhere=3", "retention.replies=32",
-        "retention.per_step=4",
+        "retention.per_step=4", "data.limits.sft=60",
     )
 ]  # fmt: skip
 
@@ -39,6 +40,19 @@ def moved(model, spread: float = 0.05, seed: int = 0):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=spread)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What is imported stays: each training begins with a full collection, half a second of it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures, which take a second: for runs whose figures nobody looks at."""
+    monkeypatch.setattr("bbkit.runs.report.draw", lambda folder: {})
 
 
 @pytest.fixture(scope="session")

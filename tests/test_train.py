@@ -192,6 +192,7 @@ def test_the_same_command_again_changes_nothing(whole):
     assert (whole / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stages_one_after_the_other_are_the_whole_run(whole, tmp_path):
     out = tmp_path / "run"
     for stages in ("sft", "grpo", "evaluate"):
@@ -253,6 +254,7 @@ CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler
         ),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, capsys, moments):
     """Where it may, it saves first, and gives up a step that takes a minute and nothing else."""
     out = tmp_path / "run"
@@ -272,6 +274,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.usefixtures("undrawn")
 def test_killed_after_the_last_step_and_before_the_next_stage(whole, tmp_path, capsys, stage):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -598,6 +601,7 @@ def test_a_place_to_report_to_that_is_not_installed_is_one_line(capsys, monkeypa
     assert "run.report_to=trackio: not installed here; pip install" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_own_reward_is_in_every_part_of_a_run_and_may_not_change(tmp_path, capsys):
     mine, out = tmp_path / "mine.py", tmp_path / "run"
     mine.write_text("def brevity(example, reply):\n    return max(0.0, 1 - len(reply) / 300)\n")

@@ -38,7 +38,7 @@ def by_arm(kept: Mapping[str, Any], some: Collection[str] = ()) -> dict[str, dic
     Or of `some` arms and `sft`: all of a long record take seconds.
     """
     found: dict[str, dict[int, Rows]] = {}
-    known: dict[str, Rows] = {}
+    known: dict[str, Rows] = getattr(kept, "rows", {})
     for name in kept["runs"]:
         arm, _, seed = name.rpartition("-")
         if some and arm not in some and arm != "sft":
@@ -95,6 +95,14 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
         found["worse"] = np.minimum(found["domain"], found["general"])
         found["hypervolume"] = found["domain"] * found["general"]
     return found
+
+
+def means(run: Sequence[Mapping]) -> dict[str, float]:
+    """Every measure of one model's item rows, as `draws` has it; made once of rows of a record."""
+    found = getattr(run, "means", None) or {n: float(d[0]) for n, d in draws([run], 0).items()}
+    if isinstance(run, recorded.Items):
+        run.means = found
+    return dict(found)
 
 
 def by_cluster(rows: Sequence[Mapping], apart: bool = False) -> dict[str, dict[str, list[float]]]:

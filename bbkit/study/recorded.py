@@ -23,6 +23,20 @@ LOGGED = ("entropy", "unparsed", *(f"{kind}/" for kind in (
 Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
 
 
+class Record(dict[str, Any]):
+    """A record as read, with the item rows that were unpacked of it: tables ask for the same."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        super().__init__(found)
+        self.rows: dict[str, Rows] = {}
+
+
+class Items(list[dict[str, Any]]):
+    """Item rows of one model, with its measures once `bbkit.study.effects.means` has made them."""
+
+    means: dict[str, float] | None = None
+
+
 def pack(folders: Sequence[Path]) -> dict[str, Any]:
     """What is kept of run folders, by the folders' names; `unpack` gives the item rows back.
 
@@ -111,12 +125,12 @@ def _means(kl: Any, general: Sequence[bool]) -> dict[str, float | None]:
     return {str(general.index(kind)): _short(fmean(some), 3) for kind, some in kinds.items()}
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Record:
     """A record from its file; InputError where it is none."""
     kept = files.read_json(path)
     if not isinstance(kept, dict) or not {"items", "runs"} <= set(kept):
         raise InputError(f"{path}: not a record; python -m bbkit.study --record writes one")
-    return kept
+    return Record(kept)
 
 
 def joined(kept: Mapping[str, Any], more: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -228,7 +242,7 @@ def unpack(found: Mapping[str, Any], name: str, known: dict[str, Rows] | None = 
         columns = {n: _values(kept[n], len(items)) for n in kept if n not in ("elsewhere", "kl")}
         if isinstance(kl, dict):  # `brief`
             kl = [kl.get(str(i)) for i in range(len(items))]
-        rows[stage] = []
+        rows[stage] = Items()
         for i, (item, value) in enumerate(zip(items, _values(kl, len(items)), strict=True)):
             seen = {k: v[i] for k, v in columns.items() if v[i] is not None}
             if item[1] == "elsewhere":

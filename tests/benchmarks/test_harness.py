@@ -105,7 +105,6 @@ def lm_evals_own(model, tokenizer, places, batch_size=4):
     """Samples of lm-eval's own tasks, its own reader of its own columns, from {task: file}."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     members = [
         {"task": name, "dataset_path": "json", "dataset_name": None,
@@ -113,7 +112,7 @@ def lm_evals_own(model, tokenizer, places, batch_size=4):
         for name, path in places.items()
     ]  # fmt: skip
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    tasks = TaskManager().load({"group": "own", "task": members})
+    tasks = harness._manager().load({"group": "own", "task": members})
     return evaluator.evaluate(lm, tasks, bootstrap_iters=0)["samples"]
 
 

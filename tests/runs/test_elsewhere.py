@@ -288,7 +288,7 @@ def test_the_table_of_arms_shows_it_where_it_is_known(whole, tmp_path):
     worst = read_json(whole / "evaluation.json")["grpo"]["elsewhere"]["value"]
     assert base.split(" | ")[at] == "0.000 [0.000, 0.000]"
     assert sft.split(" | ")[at].startswith(f"{worst:.3f} [")
-    kept["items"] = [item for item in kept["items"] if item[1] != "elsewhere"]
+    kept = {**kept, "items": [item for item in kept["items"] if item[1] != "elsewhere"]}
     for columns in kept["runs"]["sft-0"]["scores"].values():
         del columns["elsewhere"]
     assert "elsewhere" not in comparison.table(kept)  # a record of before

@@ -35,6 +35,7 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_start", Here)
+        patch.setattr("bbkit.runs.report.draw", lambda folder: {})
         assert runner.main([*TWO, "--out", str(out), *TINY]) == 0
     return out
 
@@ -54,6 +55,7 @@ def test_arms_share_the_sft_and_differ_in_grpo(made):
     assert not list(made.glob(".*"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_arm_alone_is_the_same_run(made, tmp_path):
     """The shared SFT is what the arm's own command would have trained."""
     words = shlex.split(read_json(made / "conflict_orthogonal-0" / "run.json")["command"])[3:]
@@ -203,7 +205,9 @@ def test_an_arm_goes_on_from_the_sft_that_keeps_as_it_does(tmp_path):
     assert rows["step-7"].shared is None and rows["alone-7"].shared == tmp_path / "sft-7"
 
 
-def test_an_arm_with_an_sft_of_its_own_is_in_the_table(made, capsys):
+@pytest.mark.usefixtures("undrawn")
+def test_an_arm_with_an_sft_of_its_own_is_in_the_table(made, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "_start", Here)
     words = ["--arms", "grpo,averaging", "--seeds", "0", "--out", str(made), *TINY]
     assert runner.main(words) == 0
     out = capsys.readouterr().out
