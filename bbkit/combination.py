@@ -6,6 +6,7 @@ of the preferred sum onto the dual cone; and the same for a step that an optimis
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -112,14 +113,17 @@ def nearest(gramian: Tensor, slopes: Tensor, bounds: Tensor) -> tuple[Tensor, fl
     wanted = (need[live] / norm).numpy()
     scale = abs(wanted).max()
     wanted = wanted / scale
-    count, left = lose.shape[1], 0.0
+    left, size = 0.0, lose.shape[1]
+    solve = partial(quadprog.solve_qp, np.eye(size), np.zeros(size), lose.T.copy())
     try:
-        found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
+        found = solve(wanted)[0]
     except ValueError:  # contradictory: first the least violation, then the nearest that has it
         parts = np.concatenate([lose, -lose, -np.eye(len(lose))], axis=1)
         best, left = nnls(parts, wanted)
-        wanted = parts @ best - 1e-6  # with 1e-9 quadprog finds some of these contradictory too
-        found = quadprog.solve_qp(np.eye(count), np.zeros(count), lose.T.copy(), wanted)[0]
+        try:
+            found = solve(parts @ best - 1e-9)[0]
+        except ValueError:  # quadprog finds some of these contradictory too
+            found = solve(parts @ best - 1e-6)[0]
     removed[live] = scale * (vectors / roots) @ torch.from_numpy(found) / norm
     return removed, float(left)
 
