@@ -251,8 +251,10 @@ SHORTER = {  # of a look that is short already, and what ONE trains; kernels run
     "32 * i : 32 * (i + 1)": "16 * i : 16 * (i + 1)", "sft.steps=15": "sft.steps=2",
     "range(400)": "range(40)",
 }  # fmt: skip
-ONE = {"PROMPTS = 32": ("05",), "32 * i : 32 * (i + 1)": ("05",), "sft.steps=15": ("07",)}
-ONE["range(400)"] = ("07",)
+ONE = {
+    "PROMPTS = 32": ("05",), "32 * i : 32 * (i + 1)": ("05",), "sft.steps=15": ("07",),
+    "range(400)": ("07",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "run"), CASES)

@@ -24,7 +24,7 @@ Rows = dict[str, list[dict[str, Any]]]  # item rows by stage
 
 
 class Record(dict[str, Any]):
-    """A record as read, with the item rows that were unpacked of it: tables ask for the same."""
+    """A record as read, which nobody changes: its item rows are unpacked once, for all tables."""
 
     def __init__(self, found: Mapping[str, Any]) -> None:
         super().__init__(found)
