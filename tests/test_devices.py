@@ -108,13 +108,13 @@ SMALL = [
 
 @pytest.mark.parametrize("change", ["grpo.metric=step", "grpo.beta=0.1", "grpo.judge=0.5"])
 def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
-    from bbkit import grpo, sft
-    from bbkit.data import questions, replies
+    from bbkit import data, grpo, sft
+    from bbkit.data import replies
 
     model, tokenizer = pair
     settings = config.load("pocket", None, [*SMALL, change])
     kept = replies.answered(model, tokenizer, ["Name one cause of fever.", "Say no."], 12)
-    rows = questions.ontology("train")[:4]
+    rows = data.load("ontology", "train")[:4]
     for trainer in (
         sft.build(model, tokenizer, rows, settings, tmp_path, replies=kept),
         grpo.build(model, tokenizer, rows[:2], settings, tmp_path, replies=kept),
@@ -125,14 +125,13 @@ def test_a_step_of_both_stages(pair, on_it, tmp_path, change):
 
 
 def test_probe(pair, on_it, tmp_path):
-    from bbkit import grpo
-    from bbkit.data import questions
+    from bbkit import data, grpo
     from bbkit.study import probe
 
     model, tokenizer = pair
     less = ["grpo.prompts=4", "grpo.combination=dual_cone", "retention.rule=none"]
     settings = config.load("pocket", None, [*SMALL, *less])
-    rows = questions.ontology("train")[:4]
+    rows = data.load("ontology", "train")[:4]
     trainer = grpo.build(model, tokenizer, rows, settings, tmp_path)
     batches = probe.samples(trainer)
     trainer.raw_rewards = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -491,7 +491,6 @@ def test_a_full_disk_is_one_clear_line_and_can_be_resumed(whole, disk, capsys):
 def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, stage, skips):
     """With a real scaler, whose first scale overflows here as it does on a T4."""
     from bbkit import Unhealthy, grpo, models, sft
-    from bbkit.data import questions
     from bbkit.runs import callback, record
 
     changed = [
@@ -506,7 +505,7 @@ def test_float16_may_skip_steps_until_its_scale_is_found(tmp_path, monkeypatch, 
     with record.Run(tmp_path / "run", config.to_dict(settings), ["python"]) as run:
         hooks = callback.Recorder(run, stage, settings)
         build = sft.build if stage == "sft" else grpo.build
-        rows = questions.ontology("train")[:16]
+        rows = data.load("ontology", "train")[:16]
         trainer = build(model, tokenizer, rows, settings, tmp_path / "run" / stage, [hooks])
         if stage == "grpo":  # rewards that differ
             trainer.reward_funcs[0] = lambda completions, **_: [

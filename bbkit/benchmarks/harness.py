@@ -8,7 +8,6 @@ step by the files in bbkit/benchmarks/tasks, in the kit's prompt (`kit`) and in 
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -194,7 +193,6 @@ def measure(
     return rows, seconds
 
 
-@functools.cache
 def _manager() -> Any:
     """lm-eval's tasks of these benchmarks, and the kit's: all 14,000 files take ten seconds."""
     from lm_eval import tasks

@@ -25,8 +25,8 @@ from bbkit.prompts import Example
 # Cards without files or Hub copy: the kit makes the rows itself, function(split, seed) -> rows.
 # Kept, since that takes a second, and the next run of a notebook asks for the same.
 GENERATED: dict[str, Callable[..., list[Example]]] = {
-    "ontology": questions.ontology,
-    "ontology_chains": questions.ontology_chains,
+    "ontology": cache(questions.ontology),
+    "ontology_chains": cache(questions.ontology_chains),
     "constraints": cache(instructions.examples),
     "pocket_prompts": cache(corpus.prompts),
 }

@@ -198,18 +198,13 @@ def ontology(split: str, seed: int = 0) -> list[Example]:
     >>> row.answer in row.options or row.task == "short"
     True
     """
-    return list(_ontology(split, seed))
-
-
-@cache  # a second for each split
-def _ontology(split: str, seed: int) -> tuple[Example, ...]:
     rng = random.Random(f"{split}/{seed}")
     out = []
     for disease in diseases(split):
         short = rng.random() < 0.1
         drawn = chains(disease, short, rng)
         out += _drawn(disease, drawn, short, split, 12 if split == "train" else 4, rng)
-    return tuple(out)
+    return out
 
 
 def ontology_chains(split: str, seed: int = 0) -> list[Example]:
@@ -221,18 +216,13 @@ def ontology_chains(split: str, seed: int = 0) -> list[Example]:
     >>> {(row.task, len(row.steps)) for row in ontology_chains("validation")}
     {('choice', 2)}
     """
-    return list(_ontology_chains(split, seed))
-
-
-@cache
-def _ontology_chains(split: str, seed: int) -> tuple[Example, ...]:
     rng = random.Random(f"{split}/{seed}/chains")
     out = []
     for disease in diseases(split):
         two = [d for d in chains(disease, False, rng) if len(d[3]) == 2]
         drawn = [d for d in two if d[2].casefold() not in d[3][0][2].casefold()]
         out += _drawn(disease, drawn, False, split, 12 if split == "train" else 8, rng)
-    return tuple(out)
+    return out
 
 
 def _drawn(

@@ -97,14 +97,6 @@ def draws(runs: Sequence[Sequence[Mapping]], count: int = 2000) -> Draws:
     return found
 
 
-def means(run: Sequence[Mapping]) -> dict[str, float]:
-    """Every measure of one model's item rows, as `draws` has it; made once of rows of a record."""
-    found = getattr(run, "means", None) or {n: float(d[0]) for n, d in draws([run], 0).items()}
-    if isinstance(run, recorded.Items):
-        run.means = found
-    return dict(found)
-
-
 def by_cluster(rows: Sequence[Mapping], apart: bool = False) -> dict[str, dict[str, list[float]]]:
     """Sum and count by cluster of each measure; `apart`: of domain accuracy by data set too.
 

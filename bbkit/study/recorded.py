@@ -31,12 +31,6 @@ class Record(dict[str, Any]):
         self.rows: dict[str, Rows] = {}
 
 
-class Items(list[dict[str, Any]]):
-    """Item rows of one model, with its measures once `bbkit.study.effects.means` has made them."""
-
-    means: dict[str, float] | None = None
-
-
 def pack(folders: Sequence[Path]) -> dict[str, Any]:
     """What is kept of run folders, by the folders' names; `unpack` gives the item rows back.
 
@@ -242,7 +236,7 @@ def unpack(found: Mapping[str, Any], name: str, known: dict[str, Rows] | None = 
         columns = {n: _values(kept[n], len(items)) for n in kept if n not in ("elsewhere", "kl")}
         if isinstance(kl, dict):  # `brief`
             kl = [kl.get(str(i)) for i in range(len(items))]
-        rows[stage] = Items()
+        rows[stage] = []
         for i, (item, value) in enumerate(zip(items, _values(kl, len(items)), strict=True)):
             seen = {k: v[i] for k, v in columns.items() if v[i] is not None}
             if item[1] == "elsewhere":

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bbkit import config, gradients, prompts
-from bbkit.data import questions
+from bbkit.data import catalogue
 from bbkit.machine import gpu
 from bbkit.models import keep_float32
 from bbkit.sft import precision
@@ -224,7 +224,7 @@ def _trainer(made, model, tokenizer, capabilities: int, args: argparse.Namespace
         **precision(model), report_to="none", beta=0.0, loss_type="dapo",
         gradient_checkpointing=False, learning_rate=1e-6,
     )  # fmt: skip
-    asked = [{"prompt": prompts.messages(e)} for e in questions.ontology("train")]
+    asked = [{"prompt": prompts.messages(e)} for e in catalogue.load("ontology", "train")]
     with keep_float32(model):
         trainer = made(
             model=model, reward_funcs=rewards, args=arguments,

@@ -109,7 +109,7 @@ def values(found: Mapping[str, Mapping[int, Rows]], arm: str) -> dict[int, dict[
     known = {}
     for seed, stages in found.get("sft" if arm == "base" else arm, {}).items():
         run = stages["base"] if arm == "base" else effects.last(stages)
-        seen = effects.means(run)
+        seen = {name: float(drawn[0]) for name, drawn in effects.draws([run], 0).items()}
         seen["area"] = seen["domain_lenient"] * seen["general"]
         seen["area_by_tag"] = fmean(by_tag(run)) * seen["general"]
         known[seed] = seen | (dict.fromkeys(elsewhere.WORST, 0.0) if arm == "base" else {})

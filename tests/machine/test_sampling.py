@@ -9,12 +9,11 @@ from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from bbkit import config, grpo, models, prompts
+from bbkit import config, data, grpo, models, prompts
 from bbkit.capability import capability_aware
-from bbkit.data import questions
 from bbkit.machine import sampling
 
-EXAMPLES = questions.ontology("train")[:60:12]  # of several lengths
+EXAMPLES = data.load("ontology", "train")[:60:12]  # of several lengths
 
 
 @pytest.fixture(scope="module")
